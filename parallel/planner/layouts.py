@@ -193,13 +193,13 @@ def _stages_each(space: SearchSpace, pipeline: int) -> list[int]:
     return even or [stages for stages in possible if stages in _UNEVEN]
 
 
-def evened(counts: Sequence[int], placement: StagePlacement) -> tuple[int, ...]:
-    """Returns numbers of layers per stage with which each rank has as many layers as with `counts`, and each of its stages as many
-    as the others, the first ones a layer more. A rank's time does not show what long stages make others wait."""
-    found = list(counts)
+def evened(counts: Sequence[float], placement: StagePlacement) -> tuple[int, ...]:
+    """Returns numbers of layers per stage with which each rank has as many layers as with `counts`, all whole, and each of its
+    stages as many as the others, the first ones a layer more. A rank's time does not show what long stages make others wait."""
+    found = list(map(int, counts))
     for rank in range(placement.ranks):
         stages = placement.stages_of(rank)
-        each, rest = divmod(sum(counts[stage] for stage in stages), len(stages))
+        each, rest = divmod(sum(found[stage] for stage in stages), len(stages))
         for index, stage in enumerate(stages):
             found[stage] = each + (index < rest)
     return tuple(found)

@@ -32,7 +32,7 @@ _WORK = 20_000
 
 def fitting_split(
     recipe: Recipe, layout: Layout, times: CostTable, speeds: Sequence[float], limits: Sequence[int]
-) -> tuple[int, ...] | None:
+) -> tuple[float, ...] | None:
     """Returns numbers of layers per stage with which the predicted memory of each pipeline rank is within its limit, in bytes, and
     the slowest rank is fast; None if a short search finds none.
 
@@ -51,7 +51,7 @@ def fitting_split(
             return None
         if solution is None:
             return None
-        found = tuple(stop - start for start, stop in solution.pieces)
+        found = tuple(problem.slice_of(piece).count for piece in solution.pieces)
         for counts in (evened(found, schedule.placement), found):
             slices = split_layers(recipe.model.layers, schedule.placement, list(counts))
             split = take_split(slices, table, schedule, None, activations)

@@ -6,11 +6,13 @@ from dataclasses import replace
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Cluster
 from bagualu.parallel.balance.replicas import shares
-from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
+from bagualu.parallel.balance.stages.choose import CUT_GAIN
+from bagualu.parallel.balance.stages.cost import CostTable, LayerCost, joined
 from bagualu.parallel.balance.stages.keys import memory_caps
 from bagualu.parallel.balance.stages.partition import GaveUp, solve
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.layout import StagePlacement
+from bagualu.parallel.pipeline.layer_slice import IN_ORDER
 from bagualu.parallel.pipeline.registry import compute_schedule, placement_of
 from bagualu.parallel.pipeline.split import split_layers
 from bagualu.parallel.planner.layouts import Degrees, PlannedLayout, evened
@@ -44,7 +46,7 @@ class LayoutCosts:
         """`choosable`: those of the two keys that `variations` may choose."""
         self.recipe, self.refusal = recipe, ""
         self._estimator, self._predict, self._choosable = estimator, predict, choosable
-        self._splits: dict[object, tuple[int, ...] | None] = {}
+        self._splits: dict[object, tuple[float, ...] | None] = {}
 
     def recipe_of(self, layout: PlannedLayout) -> Recipe:
         """Returns the recipe in this layout."""
@@ -95,7 +97,7 @@ class LayoutCosts:
         fullest = prediction.fullest
         return prediction, Need(fullest.peak.bytes, -fullest.spare_bytes)
 
-    def _split(self, layout: PlannedLayout, placement: StagePlacement) -> tuple[int, ...] | None:
+    def _split(self, layout: PlannedLayout, placement: StagePlacement) -> tuple[float, ...] | None:
         """Returns numbers of layers per stage with which the slowest rank takes less time; None if an even division is as good."""
         blocks = self._estimator.blocks(placement.ranks)
         seconds = [rank.total for rank in self._estimator.rank_passes(layout, placement, blocks)]
@@ -106,22 +108,24 @@ class LayoutCosts:
             self._splits[key] = self._solved(layout, placement, blocks)
         return self._splits[key]
 
-    def _solved(self, layout: PlannedLayout, placement: StagePlacement, blocks: Sequence[Block]) -> tuple[int, ...] | None:
-        table, speeds = self._table(layout, blocks[0]), self._speeds(layout, blocks)
+    def _solved(self, layout: PlannedLayout, placement: StagePlacement, blocks: Sequence[Block]) -> tuple[float, ...] | None:
         schedule = compute_schedule(layout.schedule, placement.ranks, 1, layout.virtual_stages)
-        try:
-            solution = solve(Problem(table, schedule, speeds, None), _WORK)
-        except GaveUp:
+        problem = Problem(self._table(layout, blocks[0]), schedule, self._speeds(layout, blocks), None)
+
+        def slowest(counts: tuple[float, ...]) -> float:
+            return max(rank.total for rank in self._estimator.rank_passes(replace(layout, balance=counts), placement, blocks))
+
+        found = _counts(problem)
+        if found is None:
             return None
-        if solution is None:
-            return None
-        found = tuple(stop - start for start, stop in solution.pieces)
-        even, uniform = evened(found, placement), tuple(one.count for one in split_layers(self.recipe.model.layers, placement))
-        slowest = {
-            counts: max(rank.total for rank in self._estimator.rank_passes(replace(layout, balance=counts), placement, blocks))
-            for counts in (found, even)
-        }
-        chosen = even if slowest[even] <= (1 + _ALIKE) * slowest[found] else found
+        even = evened(found, placement)
+        chosen = even if slowest(even) <= (1 + _ALIKE) * slowest(found) else found
+        if slowest(chosen) * (1 - CUT_GAIN) > problem.even_seconds():
+            inside = _counts(Problem(self._table(layout, blocks[0], halves=True), schedule, problem.speeds, None, halves=True))
+            if inside is not None:
+                step, whole = (self.estimate(replace(layout, balance=counts)).total for counts in (inside, chosen))
+                chosen = inside if step <= whole * (1 - CUT_GAIN) else chosen
+        uniform = tuple(one.count for one in split_layers(self.recipe.model.layers, placement))
         return None if chosen == uniform else chosen
 
     def _speeds(self, layout: PlannedLayout, blocks: Sequence[Block]) -> list[float]:
@@ -139,12 +143,21 @@ class LayoutCosts:
         divisions = [Division.of(layout.degrees, part) for part in parts]
         return [self._estimator.passes(block, *both) for both in zip(divisions, kinds, strict=True)]
 
-    def _table(self, layout: PlannedLayout, block: Block) -> CostTable:
-        """Returns the times of all layers on the chips of `block`, recomputation included."""
+    def _halves(self, layout: PlannedLayout, block: Block) -> list[LayerCost]:
+        """Returns the times of all layers on the chips of `block`, each the sum of those of its halves."""
+        model, layers = self.recipe.model, []
+        for layer, recompute in enumerate(self._estimator.recomputed(layout.recompute)):
+            divisions = [(part, Division.of(layout.degrees, part.again(recompute))) for part in IN_ORDER]
+            passes = [self._estimator.passes(block, division, kind_of_layer(model, layer, part)) for part, division in divisions]
+            layers.append(joined(f"layer {layer}", *(_cost(part.value, one) for part, one in zip(IN_ORDER, passes, strict=True))))
+        return layers
+
+    def _table(self, layout: PlannedLayout, block: Block, halves: bool = False) -> CostTable:
+        """Returns the times of all layers, and of their `halves`, on the chips of `block`, recomputation included."""
         ends = [self._estimator.passes(block, Division.of(layout.degrees), unit) for unit in (LayerKind.FIRST, LayerKind.LAST)]
         embedding, head = (_cost(name, passes) for name, passes in zip(("embedding", "head"), ends, strict=True))
         layers = [_cost(f"layer {i}", passes) for i, passes in enumerate(self._layers(layout, block))]
-        return CostTable(embedding, layers, head, "traces of single layers")
+        return CostTable(embedding, self._halves(layout, block) if halves else layers, head, "traces of single layers")
 
     def _shared(self, layout: PlannedLayout) -> Iterator[PlannedLayout]:
         """Yields the layout with micro-batches for each data rank in proportion to the speed of its chips, if they differ."""
@@ -156,6 +169,15 @@ class LayoutCosts:
         micro_batches = self.recipe.data.global_batch // of.micro_batch
         if len(set(seconds)) > 1 and micro_batches >= of.data:
             yield replace(layout, shares=tuple(shares(micro_batches, [1 / each for each in seconds])))
+
+
+def _counts(problem: Problem) -> tuple[float, ...] | None:
+    """Returns the numbers of layers per stage with which the slowest rank is quickest; None if a short search finds none."""
+    try:
+        solution = solve(problem, _WORK)
+    except GaveUp:
+        return None
+    return None if solution is None else tuple(problem.slice_of(piece).count for piece in solution.pieces)
 
 
 def _cost(name: str, passes: LayerPasses) -> LayerCost:

@@ -1,5 +1,6 @@
 """Estimates of steps are near what the replay of their whole traces predicts."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -127,3 +128,23 @@ def test_layers_are_divided_unevenly_where_the_head_weighs_much():
     (split,) = heavy.variations(layout(4, pipeline=4))
     assert split.balance[-1] < split.balance[1]
     assert heavy.estimate(split).total < heavy.estimate(layout(4, pipeline=4)).total
+
+
+def test_stages_begin_inside_layers_where_whole_ones_are_uneven():
+    """The head takes as long as three layers and a quarter."""
+    costs, one = costs_of((*DENSE, "model.vocab=64000", "data.global_batch=128"), 16), layout(8, pipeline=2)
+    (split,) = costs.variations(one)
+    assert split.balance == (5.5, 2.5)
+    steps = [costs.exact(replace(one, balance=balance))[0].step_seconds for balance in (split.balance, (5, 3), (6, 2))]
+    assert steps[0] < min(steps[1:])
+
+
+def test_halves_take_as_long_together_as_their_layer():
+    for words in (DENSE, MIXTURE):
+        costs = costs_of(tuple(words), 16)
+        one, block = layout(8, 2, recompute="attention"), costs._estimator.blocks(1)[0]
+        pairs = zip(costs._table(one, block).layers, costs._table(one, block, halves=True).layers, strict=True)
+        for whole, halves in pairs:
+            assert halves.forward_seconds == pytest.approx(whole.forward_seconds, rel=0.02)
+            assert halves.input_gradient_seconds == pytest.approx(whole.input_gradient_seconds, rel=0.02)
+            assert halves.weight_gradient_seconds == pytest.approx(whole.weight_gradient_seconds, rel=0.02)
