@@ -6,13 +6,14 @@ recorded is kept when it resumes, so that it goes on bit by bit.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from bagualu.comm.agree import on_all
 from bagualu.comm.group import Communicator
-from bagualu.comm.objects import broadcast_json
+from bagualu.comm.objects import broadcast_json, gather_json
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.parallel.precision import chip_of
 from bagualu.trainer.costs.cache import device_name
@@ -20,8 +21,10 @@ from bagualu.trainer.costs.operator_cases import AttentionShape, OperatorCalls, 
 from bagualu.trainer.costs.operator_times import measurable, times_of
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.data.corpus_cache import cache_folder
-from bagualu.trainer.operators.choice import MEASURED, Chosen, ChosenOperators, by_rule, kept, quickest
-from bagualu.trainer.operators.registry import DEFAULT_VARIANTS
+from bagualu.trainer.operators.choice import MEASURED, USUAL, Chosen, ChosenOperators, by_rule, kept, quickest
+from bagualu.trainer.operators.config import OperatorsConfig
+from bagualu.trainer.operators.operator_set import lacked_by
+from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS
 from bagualu.trainer.operators.usual import usual_variant
 from bagualu.trainer.recipe.config import Recipe
 
@@ -37,7 +40,20 @@ def choose_operators(recipe: Recipe, communicator: Communicator) -> tuple[Chosen
     rank if a variant cannot be had."""
     found = on_all(lambda: _choose(recipe, communicator) if communicator.rank == 0 else None, communicator.world)
     values = broadcast_json(None if found is None else found[0].to_json(), communicator.world)
-    return ChosenOperators.from_json(values), [] if found is None else found[1]
+    chosen, remarks = _had_by_all(ChosenOperators.from_json(values), recipe.variants, communicator)
+    return chosen, [] if found is None else [*found[1], *remarks]
+
+
+def _had_by_all(chosen: ChosenOperators, given: OperatorsConfig, communicator: Communicator) -> tuple[ChosenOperators, list[str]]:
+    """Returns the choices with auto in place of variants for which the machine of some rank lacks something, and what is to be said
+    about them. Collective."""
+    lacked: dict[str, str] = {}
+    own = on_all(lambda: lacked_by(chosen.as_config(), given, chip_of(communicator.device)), communicator.world)
+    for rank in gather_json(own, communicator.world):
+        lacked.update(rank)
+    remarks = [f"operators.{operator}={AUTO}: {chosen.operators[operator].variant} needs {what}, which not all ranks have"
+               for operator, what in lacked.items()]  # fmt: skip
+    return replace(chosen, operators={**chosen.operators, **dict.fromkeys(lacked, Chosen(AUTO, USUAL))}), remarks
 
 
 def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators, list[str]]:

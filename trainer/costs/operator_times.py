@@ -13,7 +13,7 @@ from bagualu.parallel.precision import chip_of
 from bagualu.trainer.costs.cache import kept, on_device
 from bagualu.trainer.costs.operator_cases import OperatorCalls, PreparedCall
 from bagualu.trainer.costs.throughput import synchronize
-from bagualu.trainer.operators.operator_set import variant_of
+from bagualu.trainer.operators.operator_set import is_usable, variant_of
 from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, GENERATED, variants
 
 FORMAT = 2
@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def measurable(operator: str, chip: str) -> dict[str, EntryPoint]:
-    """Returns the variants of `operator` that `chip` has and that are measured: not those that have to be generated first."""
-    return {name: entry for name, entry in variants(operator, chip).items() if name != GENERATED}
+    """Returns the variants of `operator` that `chip` has and that are measured: not those that have to be generated first, and not
+    those for which this machine lacks something. Raises RecipeError for a variant that cannot be imported."""
+    candidates = {name: entry for name, entry in variants(operator, chip).items() if name != GENERATED}
+    return {name: entry for name, entry in candidates.items() if is_usable(operator, name, chip)}
 
 
 def times_of(case: OperatorCalls, device: torch.device, cache: Path) -> dict[str, float]:

@@ -29,6 +29,8 @@ from bagualu.trainer.models.decoder.cache import Columns
 from bagualu.trainer.models.decoder.frozen import freeze
 from bagualu.trainer.operators.choice import as_recorded
 from bagualu.trainer.operators.config import OperatorsConfig
+from bagualu.trainer.operators.operator_set import lacked_by
+from bagualu.trainer.operators.registry import AUTO
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recipe.override_text import typed
 
@@ -97,13 +99,15 @@ def load_stages(recipe: Recipe, communicator: Communicator, path: Path) -> Stage
 
 
 def _as_trained(config: OperatorsConfig, path: Path, chip: str) -> OperatorsConfig:
-    """Returns `config` with the variants of the run whose checkpoint `path` is in place of auto, as far as `chip` has them."""
+    """Returns `config` with the variants of the run whose checkpoint `path` is in place of auto, as far as `chip` and this machine
+    have them."""
     record = RunDirectory(path.resolve().parents[1]).operators
     try:
-        return as_recorded(record, config, chip)
+        found = as_recorded(record, config, chip)
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read (%s); operators are computed by the usual variants", record, error)
         return config
+    return replace(found, **dict.fromkeys(lacked_by(found, config, chip), AUTO))
 
 
 def _require_model(recipe: Recipe, checkpoint: Checkpoint) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bagualu.comm.errors import RecipeError
 from bagualu.parallel.vocabulary import loss_and_gradient
 from bagualu.trainer.operators.attention import causal_attention
 from bagualu.trainer.operators.config import OperatorsConfig
@@ -38,9 +39,32 @@ def operator_set(config: OperatorsConfig, chip: str) -> OperatorSet:
 
 
 def variant_of(operator: str, variant: str, chip: str) -> Callable[..., Any]:
-    """Returns the variant, with the operator's default in its place for arguments that it does not take. Raises RecipeError."""
+    """Returns the variant, with the operator's default in its place for arguments that it does not take. Raises RecipeError if the
+    chip has it not, or if this machine lacks something for it."""
     found: Callable[..., Any] = load_variant(operator, variant, chip)
+    if (lacked := _lacked(found)) is not None:
+        raise RecipeError(f"operators.{operator}={variant} needs {lacked}, which this machine has not; provide it, or give "
+                          f"operators.{operator}={AUTO}")  # fmt: skip
     return _OrDefault(found, load_variant(operator, DEFAULT_VARIANTS[operator], chip)) if hasattr(found, "takes") else found
+
+
+def lacked_by(config: OperatorsConfig, given: OperatorsConfig, chip: str) -> dict[str, str]:
+    """Returns what this machine lacks for variants of `config`, by operator. A variant that `given` names is left out, since
+    `variant_of` refuses it. Raises RecipeError for a variant that cannot be had anyway."""
+    named = given.as_dict()
+    found = {operator: variant for operator, variant in config.as_dict().items() if variant not in (AUTO, named[operator])}
+    lacked = {operator: _lacked(load_variant(operator, variant, chip)) for operator, variant in found.items()}
+    return {operator: what for operator, what in lacked.items() if what is not None}
+
+
+def is_usable(operator: str, variant: str, chip: str) -> bool:
+    """Returns whether this machine lacks nothing for the variant. Raises RecipeError if it cannot be had anyway."""
+    return _lacked(load_variant(operator, variant, chip)) is None
+
+
+def _lacked(variant: Any) -> str | None:
+    lacked: str | None = variant.lacks() if hasattr(variant, "lacks") else None
+    return lacked
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ OPERATOR.VARIANT, or OPERATOR.VARIANT.CHIP if only that chip has it (cpu, cuda, 
 another accelerator): this package's in `_OWN`, others' under the entry point group `bagualu.operators`. The entry is a function;
 what it is given and returns is said by the operator's default in `OperatorSet` (operator_set.py). It may have an attribute `takes`,
 a function of the same arguments that returns whether the variant can compute them; the operator's default takes the place of one
-that cannot.
+that cannot. And it may have an attribute `lacks`, a function without arguments that returns what the variant needs and this machine
+has not, such as "a C++ compiler", or None.
 """
 
 from importlib.metadata import EntryPoint, entry_points

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from bagualu.trainer.costs.choose_operators import choose_operators
 from bagualu.trainer.costs.operator_cases import OperatorCalls, cases_of
 from bagualu.trainer.costs.operator_times import measure, times_of
 from bagualu.trainer.costs.work import work_of
+from bagualu.trainer.operators.attention import attention_blocks
 from bagualu.trainer.operators.choice import GIVEN, MEASURED, USUAL, Chosen, ChosenOperators
+from bagualu.trainer.operators.config import OperatorsConfig
+from bagualu.trainer.operators.operator_set import operator_set
 from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS
 from bagualu.trainer.operators.usual import usual_variant
 from bagualu.trainer.recipe.config import Recipe
@@ -152,6 +156,43 @@ def test_all_ranks_have_the_choice_of_the_first(tmp_path: Path) -> None:
     first, second = run(2, lambda communicator: choose_operators(recipe, communicator))
     assert first[0] == second[0] == recorded
     assert not second[1]
+
+
+@pytest.mark.parametrize("variant", ["blocks", "kernel"])
+def test_what_the_machine_of_any_rank_lacks_is_not_taken(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    this_rank = threading.local()
+
+    def choose(communicator: Communicator) -> tuple[ChosenOperators, list[str]]:
+        this_rank.lacks = "a better chip" if communicator.rank == 1 else None
+        return choose_operators(recipe, communicator)
+
+    monkeypatch.setattr(type(attention_blocks), "lacks", lambda self: this_rank.lacks, raising=False)
+    recipe = recipe_in(tmp_path, comm__backend="simulated")
+    recorded = record(recipe, variant)
+    (first, said), (second, _) = run(2, choose)
+    assert first == second
+    remark = "operators.attention=auto: blocks needs a better chip, which not all ranks have"
+    if variant == "blocks":
+        assert first.operators == {**recorded.operators, "attention": Chosen(AUTO, USUAL)}
+        assert said[-1] == remark
+    else:
+        assert first == recorded
+        assert remark not in said
+
+
+def test_a_named_variant_that_a_machine_lacks_stays_to_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(attention_blocks), "lacks", lambda self: "a better chip", raising=False)
+    found, _ = chosen(recipe_in(tmp_path, operators__attention="blocks"))
+    assert found["attention"] == Chosen("blocks", GIVEN)
+    with pytest.raises(RecipeError, match=r"operators.attention=blocks needs a better chip, which this machine has not"):
+        operator_set(OperatorsConfig(attention="blocks"), "cpu")
+
+
+def test_what_this_machine_lacks_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(attention_blocks), "lacks", lambda self: "a better chip", raising=False)
+    recipe = recipe_in(tmp_path, data__sequence_length=16)
+    case = next(cases_of(work_of(recipe, recipe.validate(1))))
+    assert "blocks" not in times_of(case, CPU, tmp_path)
 
 
 def test_a_variant_that_cannot_be_had_is_refused_on_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from bagualu.parallel.vocabulary import loss_and_gradient
 from bagualu.trainer.operators.attention import attention_blocks, attention_kernel
 from bagualu.trainer.operators.gate import silu_gate
 from bagualu.trainer.operators.norm import normalise
-from bagualu.trainer.operators.operator_set import variant_of
+from bagualu.trainer.operators.operator_set import is_usable, variant_of
 from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, GENERATED, variants
 from bagualu.trainer.operators.rotary import rotate
 from tests.harness import run
@@ -36,6 +36,8 @@ REGISTERED = [
 def _case(operator: str, variant: str, device: torch.device, other: Any, quick: bool) -> Any:
     """A case of a test; kernels that are generated, which takes seconds for each dtype, are slow unless it is `quick`."""
     marks = [NEEDS_COMPILER, *([] if quick else [pytest.mark.slow])] if variant == GENERATED else []
+    if not is_usable(operator, variant, device.type):
+        marks.append(pytest.mark.skip(reason="the variant needs what this machine has not"))
     return pytest.param(operator, variant, device, other, id=f"{operator}.{variant}.{device.type}-{other}", marks=marks)
 
 
