@@ -207,7 +207,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "trainer/conversion/torch_checkpoint.py": {"_StorageInfo"},
     "trainer/costs/tensor_memory.py": {"_python_dispatch", "_disable_current_modes"},
     "trainer/operators/attention.py": {"_softmax_backward_data"},
-    "trainer/operators/kernel.py": {"_dynamo"},  # its limit of recompilations
+    "trainer/operators/kernel.py": {"_dynamo", "_inductor"},  # their settings
     "trainer/operators/packed.py": {"_reorder_linear_weight", "_linear_pointwise"},
     "trainer/optim/rules.py": {"_fused_adamw_"},
     "trainer/simulation/operators.py": {"_python_dispatch"},

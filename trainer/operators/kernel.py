@@ -55,6 +55,7 @@ class Kernel:
     @cached_property
     def _compiled(self) -> Callable[..., Any]:
         torch._dynamo.config.recompile_limit = _MOST_SHAPES  # torch loads the compiler here: two seconds
+        torch._inductor.config.cpp.vec_isa_ok = True  # that the CPU has AVX-512 is else tried out in each process: a second
         return torch.compile(self.function, fullgraph=True)
 
 
