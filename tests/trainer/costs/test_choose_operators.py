@@ -259,3 +259,34 @@ def test_the_usual_variant_is_that_of_the_chip() -> None:
     assert [usual_variant("cpu", True, length, None) for length in (512, 513)] == ["blocks", "kernel"]
     assert [usual_variant("cpu", False, 513, window) for window in (512, 513)] == ["blocks", "kernel"]
     assert usual_variant("cuda", True, 10, 5) == "kernel"
+
+
+GENERATED = {"norm", "rotary", "gate", "loss"}
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_kernels_are_generated_only_with_train_compile_and_never_measured(
+    tmp_path: Path, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To measure them would take as long as generating them."""
+    asked = pretend(monkeypatch, blocks=0.001, kernel=0.002)
+    monkeypatch.setattr(module, "LEAST_SECONDS", 0.0)
+    found, _ = chosen(recipe_in(tmp_path, train__compile=compiles, operators__gate="eager"))
+    assert {name for name, one in found.items() if one.variant == "generated"} == (GENERATED - {"gate"} if compiles else set())
+    assert {case.operator for case in asked} == {"attention"}
+    assert found["attention"].variant == "blocks"
+
+
+def test_a_run_that_goes_on_without_a_compiler_has_eager_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, blocks=0.001, kernel=0.002)
+    recipe = recipe_in(tmp_path, train__compile=True)
+    first, _ = choose_operators(recipe, connect("gloo", World(0, 1)))
+    Path(recipe.run.dir).mkdir()
+    (Path(recipe.run.dir) / "operators.json").write_text(json.dumps(first.to_json()))
+    recipe.checkpoint = replace(recipe.checkpoint, resume=True)
+    assert choose_operators(recipe, connect("gloo", World(0, 1))) == (first, [])
+    recipe.train = replace(recipe.train, compile=False)
+    found, said = chosen(recipe)
+    assert {found[name].variant for name in GENERATED} == {"eager"}
+    assert found["attention"] == first.operators["attention"]
+    assert not said

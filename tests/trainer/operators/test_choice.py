@@ -105,3 +105,11 @@ def test_a_model_is_computed_as_its_run_did_where_the_chip_can(tmp_path: Path) -
     assert as_recorded(path, given, "cpu") == BEFORE.as_config()
     assert as_recorded(path, given, "cuda").attention == "kernel"
     assert as_recorded(path, replace(given, attention="kernel"), "cpu").attention == "kernel"
+
+
+def test_a_model_needs_no_generated_kernels_after_its_run(tmp_path: Path) -> None:
+    """They take longer to generate than most texts."""
+    path = tmp_path / "operators.json"
+    generated = ChosenOperators("a chip", {**BEFORE.operators, "norm": Chosen("generated", GIVEN)})
+    path.write_text(json.dumps(generated.to_json()))
+    assert as_recorded(path, OperatorsConfig(), "cpu") == replace(BEFORE.as_config(), norm=AUTO)
