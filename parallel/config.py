@@ -85,7 +85,8 @@ class ParallelConfig:
     """Pipeline schedule: gpipe | 1f1b | interleaved_1f1b | zb_h1 | zb_v | v_half | dualpipe_v."""
     balance: Any = "uniform"
     """How layers are split over the stages: uniform; measured or analytic, which minimise the slowest rank's time, computed from
-    layer times measured on this device or from their FLOPs; or a list with the number of layers per stage, e.g. [3,3,2]."""
+    layer times measured on this device or from their FLOPs; or a list with the number of layers per stage, e.g. [3,3,2], also of
+    half layers, e.g. [4.5,3.5]: then a stage ends after the attention of a layer."""
     speeds: Any = None
     """Speed of each pipeline rank, for balance=measured or analytic: measured, or a list relative to the device on which the costs
     are measured, e.g. [1.0,0.5]. Default: equal speeds."""
