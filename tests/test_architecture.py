@@ -33,7 +33,7 @@ READS_ENVIRONMENT = {
     "comm/world.py",  # who this rank is
     "trainer/process/environment.py",  # allocator settings a person has made
     "trainer/__main__.py",  # starts itself again with its environment as it should be
-    "trainer/data/corpus_cache.py",  # where caches lie
+    "trainer/user_settings.py",  # where caches lie, which compiler
     "trainer/engine/deepspeed_library.py",  # which chip DeepSpeed is to use, and the rank on it
     "launch/workers/run.py",  # the environment that workers are started in
     "launch/workers/fork_server.py",  # tells the fork server whose it is
@@ -284,7 +284,8 @@ def test_the_files_of_a_run_are_named_once():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip("/").split("/")[0] in names
     ]
-    elsewhere = {(".lock", f"trainer/data/{each}.py") for each in ("corpus_cache", "scan")}  # of prepared data
+    caches = ("data/corpus_cache", "data/scan", "operators/compiled")
+    elsewhere = {(".lock", f"trainer/{each}.py") for each in caches}
     assert set(spelt) - elsewhere == {(one, "fault_tolerance/run_directory.py") for one in names}
     script = (ROOT / "launch/batch/job.sh").read_text()
     assert [one for one in names if f"/{one}" in script] == []

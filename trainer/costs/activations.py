@@ -19,6 +19,8 @@ from bagualu.trainer.models.decoder.shapes import layer_shapes
 
 _BLOCK_ROWS, _BLOCK_ELEMENTS = 2**6, 2**20
 """The most rows, and elements, of the attention weights in a block (operators/attention.py)."""
+_TILE_KEYS, _TILE_SPAN, _TILE_ROWS_MULTIPLE = 64, 512, 32
+"""The most keys and queries of a tile, and the multiple to which its rows are filled up (operators/tiles.cpp)."""
 _INDEX_BYTES = 8
 _ADDED_WIDTH = 8
 """Elements that slopes add to the width of a head, except where attention is computed in blocks (operators/alibi.py)."""
@@ -170,12 +172,13 @@ def _factors(work: ModelWork, index: int, block: str, rows: int, item_bytes: int
 
 
 def _attention(work: ModelWork, index: int) -> _Block:
-    """Kept are the projections' input; query, key and value, on a CPU expanded to all heads; the result; the statistics of the
-    softmax, unless it is computed in blocks; and what norms of query and key were given, with the scales of heads."""
+    """Kept are the projections' input; query, key and value, on a CPU expanded to all heads unless it is computed in tiles; the
+    result; the statistics of the softmax, unless it is computed in blocks; and what norms of query and key were given, with the
+    scales of heads."""
     model, tokens, product, accurate = work.model, work.tokens, work.product_bytes, work.accurate_bytes
-    in_blocks = work.attends_in_blocks(index)
+    in_blocks, in_tiles = work.attends_in_blocks(index), work.attends_in_tiles(index)
     heads, narrow = (width * model.head_width // work.layout.tensor for width in (model.heads, model.key_value_heads))
-    own = heads if work.on_cpu else narrow  # of key and value
+    own = heads if work.on_cpu and not in_tiles else narrow  # of key and value
     added = _ADDED_WIDTH * (model.positions == "alibi" and not in_blocks)
     wide, wide_own = (width * (model.head_width + added) // model.head_width for width in (heads, own))
     statistics = 0 if in_blocks else tokens * model.heads // work.layout.tensor * accurate
@@ -202,12 +205,21 @@ def _attention(work: ModelWork, index: int) -> _Block:
                      (2 * accurate + product) * block + 3 * width * narrowed)  # fmt: skip
         kernel = width * (copies * product + 5 * accurate) + blocks
     else:
-        kernel = gradients
+        kernel = gradients + (_tiles_workspace(work, narrow < heads) if in_tiles else 0)
     rotated = width * product * 3 + width * (3 * accurate if product < accurate else 2 * product) - width * 4 * product
     summed, widened = _products(work, model.hidden * heads)
     columns = tokens * model.hidden * product * work.widens  # the gradient of the block's output
     rotates = work.on_cpu and model.positions == "rotary"
     return _Block(kept, operands, columns + summed + widened, max(kernel, rotated * rotates))
+
+
+def _tiles_workspace(work: ModelWork, shared: bool) -> int:
+    """Returns the bytes in which a thread computes the backward pass of attention in tiles; each further thread takes as many.
+    `shared`: whether several query heads share a key."""
+    padded, width = -(-work.sequence_length // _TILE_ROWS_MULTIPLE) * _TILE_ROWS_MULTIPLE, work.model.head_width
+    span, key_rows = min(padded, _TILE_SPAN), padded if shared else min(padded, _TILE_KEYS)
+    whole = padded * width * (5 * 2 + 4) + 2 * padded * 4  # five copies of operands and a gradient, wide; the statistics
+    return whole + 2 * key_rows * width * 4 + _TILE_KEYS * span * (2 * 4 + 3 * 2)
 
 
 def _second_block(work: ModelWork, index: int) -> _Block:

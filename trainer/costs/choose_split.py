@@ -26,8 +26,8 @@ from bagualu.trainer.costs.measured import measured_table
 from bagualu.trainer.costs.plan_split import measures, needs_costs, plan_split, split_by
 from bagualu.trainer.costs.throughput import matmul_ceiling
 from bagualu.trainer.costs.work import ModelWork, work_of
-from bagualu.trainer.data.corpus_cache import default_cache
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.user_settings import default_cache
 
 ALIKE = 0.05
 """A device whose measured speed differs from the median by less than this fraction counts as having the median speed."""

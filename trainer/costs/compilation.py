@@ -11,9 +11,10 @@ from bagualu.comm.errors import RecipeError
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.costs.work import cpu_multiplies
 from bagualu.trainer.models.decoder.flops import model_flops_per_token
-from bagualu.trainer.process.environment import cpp_compiler, threads
+from bagualu.trainer.process.environment import threads
 from bagualu.trainer.recipe.compose import load_recipe
 from bagualu.trainer.recipe.config import CHOSEN, Recipe
+from bagualu.trainer.user_settings import cpp_compiler
 
 COMPILE_SECONDS = 30.0
 """The most that generating a model's kernels takes on two cores, if none is kept from a run before (docs/performance.md)."""

@@ -16,7 +16,7 @@ from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.operators import registry
 from bagualu.trainer.operators.config import OperatorsConfig
-from bagualu.trainer.operators.usual import usual_variant
+from bagualu.trainer.operators.usual import tiles_compute, usual_variant
 from bagualu.trainer.recipe.config import Recipe
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -109,11 +109,20 @@ class ModelWork:
 
     def attends_in_blocks(self, layer: int) -> bool:
         """Returns whether the attention of `layer` is computed in blocks rather than by torch's kernel (operators/attention.py)."""
-        variant = self.operators.attention
+        return self._attention_variant(layer) == "blocks"
+
+    def attends_in_tiles(self, layer: int) -> bool:
+        """Returns whether the attention of `layer` is computed in tiles (operators/tiles.py). It is not between documents."""
+        return self._attention_variant(layer) == "tiles"
+
+    def _attention_variant(self, layer: int) -> str:
+        variant, in_bfloat16 = self.operators.attention, self.dtype == "bfloat16" and not self.widens
+        length, keys, slopes = self.sequence_length, self.keys(layer), self.model.positions == "alibi"
         if variant == registry.AUTO:
-            chip, in_bfloat16 = "cpu" if self.on_cpu else "cuda", self.dtype == "bfloat16" and not self.widens
-            variant = usual_variant(chip, in_bfloat16, self.sequence_length, self.keys(layer))
-        return variant == "blocks"
+            return usual_variant("cpu" if self.on_cpu else "cuda", in_bfloat16, length, keys)
+        if variant == "tiles" and not tiles_compute(in_bfloat16, self.model.head_width, length, keys, slopes):
+            return registry.DEFAULT_VARIANTS["attention"]
+        return variant
 
     def keys(self, layer: int) -> int:
         """Returns the most tokens that a token attends to in `layer`."""

@@ -14,7 +14,6 @@ Every read of tokens is verified, so a change that nothing else shows is detecte
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer, token_bytes
 from bagualu.trainer.data.tokenizer_files import bytes_of_tokens
 from bagualu.trainer.data.whole import Documented
+from bagualu.trainer.user_settings import default_cache
 
 log = logging.getLogger(__name__)
 Write = Callable[[Path, Path], None]
@@ -50,12 +50,6 @@ def cached(folder: Path, vocab: int, write: Write) -> Corpus:
         raise SourceError(f"cannot prepare the corpus in {folder.parent} ({error}); give data.cache=FOLDER that answers, with room "
                           "to write") from error  # fmt: skip
     return corpus
-
-
-def default_cache() -> Path:
-    """Returns $XDG_CACHE_HOME/bagualu or, if the variable is not set, ~/.cache/bagualu. It is the user's setting for all caches."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bagualu"
 
 
 def cache_folder(config: DataConfig) -> Path:

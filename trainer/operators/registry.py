@@ -25,6 +25,7 @@ DEFAULT_VARIANTS = {"norm": "eager", "rotary": "eager", "gate": "eager", "attent
 _OWN = [
     EntryPoint("attention.blocks.cpu", "bagualu.trainer.operators.attention:attention_blocks", GROUP),
     EntryPoint("attention.kernel", "bagualu.trainer.operators.attention:attention_kernel", GROUP),
+    EntryPoint("attention.tiles.cpu", "bagualu.trainer.operators.tiles:attention_tiles", GROUP),
     EntryPoint("gate.eager", "bagualu.trainer.operators.gate:silu_gate", GROUP),
     EntryPoint("gate.generated", "bagualu.trainer.operators.generated.gate:silu_gate", GROUP),
     EntryPoint("loss.eager", "bagualu.parallel.vocabulary:loss_and_gradient", GROUP),

@@ -6,7 +6,6 @@ docs/design/launch.md has the measurements behind the allocator's numbers.
 """
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -72,11 +71,6 @@ def variables(config: LaunchConfig, workers: int) -> dict[str, str]:
         added = [entry for entry in (HUGE_PAGES, *KEEP_FREED) if entry.split("=")[0] not in named]
         wanted["GLIBC_TUNABLES"] = ":".join([*filter(None, [given]), *added])
     return wanted
-
-
-def cpp_compiler() -> str | None:
-    """Returns the path of the C++ compiler with which torch generates kernels for a CPU; None if there is none."""
-    return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def keep_kernels_in(folder: Path) -> None:

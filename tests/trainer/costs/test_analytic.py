@@ -1,6 +1,7 @@
 """Costs from shapes, against the model itself: names and shapes, bytes that are really held, FLOPs that add up."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from bagualu.trainer.models.decoder.flops import model_flops_per_token
 from bagualu.trainer.models.decoder.lora import LoraConfig
 from bagualu.trainer.models.decoder.model import Decoder, Layer
 from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes, parameter_shapes
+from bagualu.trainer.operators.config import OperatorsConfig
+from bagualu.trainer.operators.operator_set import operator_set
+from bagualu.trainer.operators.tiles import attention_tiles
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import run
@@ -130,6 +134,23 @@ def test_recomputation_leaves_what_the_model_keeps(layer: int, parts: tuple[str,
         shared, both = kept(module, first, part == "full"), kept(module, second, part == "full")
         own = sum(size for address, size in storages(both).items() if address not in storages(shared))
         assert own == pytest.approx(cost.kept_bytes(part), rel=0.2 if layer else 0), part
+
+
+@pytest.mark.skipif(attention_tiles.lacks() is not None, reason="attention in tiles needs another CPU, or a compiler")
+@pytest.mark.parametrize(("kv_heads", "length"), [(4, 32), (2, 33)])
+def test_attention_in_tiles_keeps_what_is_predicted(kv_heads: int, length: int) -> None:
+    """Keys as they are shared, the output and the statistics."""
+    model = ModelConfig(1, 64, 4, kv_heads, 96, 64)
+    work = ModelWork(model, Layout(), length, micro_batch=3, dtype="bfloat16", operators=OperatorsConfig(attention="tiles"))
+    layer = Layer(model, 0, operators=operator_set(work.operators, "cpu")).bfloat16()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    first, second = (torch.randn(3, length, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    shared, both = kept(layer, first, False), kept(layer, second, False)
+    own = sum(size for address, size in storages(both).items() if address not in storages(shared))
+    assert own == analytic_table(work).layers[0].activation_bytes
+    elsewhere = replace(work, operators=OperatorsConfig(attention="kernel"))
+    assert own < analytic_table(elsewhere).layers[0].activation_bytes or kv_heads == 4
 
 
 def test_the_parts_of_a_layer_add_up() -> None:

@@ -19,13 +19,13 @@ from bagualu.trainer.data.build import documents
 from bagualu.trainer.data.checked import signatures
 from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.data.corpus import check_source, prepare
-from bagualu.trainer.data.corpus_cache import default_cache
 from bagualu.trainer.data.listing import TextFile
 from bagualu.trainer.data.prepared import DataError, Tokens, fingerprint
 from bagualu.trainer.data.sources import find_files
 from bagualu.trainer.data.split import by_files
 from bagualu.trainer.data.tokenised import bits_per_byte
 from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
+from bagualu.trainer.user_settings import default_cache
 
 VOCAB = 300
 

@@ -60,7 +60,7 @@ def test_so_does_a_model_that_begins_to_generate() -> None:
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("variant", "blocks"), [("blocks", True), ("kernel", False), ("auto", None)])
+@pytest.mark.parametrize(("variant", "blocks"), [("blocks", True), ("kernel", False), ("tiles", False), ("auto", None)])
 def test_what_is_predicted_and_traced_follows_the_choice(variant: str, blocks: bool | None, dtype: str, window: int | None) -> None:
     recipe = small_recipe(operators__attention=variant, train__dtype=dtype, model__window=window, comm__backend="gloo")
     predicted = work_of(recipe, recipe.validate(1)).attends_in_blocks(0)

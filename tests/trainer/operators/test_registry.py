@@ -61,7 +61,7 @@ def test_auto_is_the_rule() -> None:
 
 @pytest.mark.usefixtures("_vendor")
 def test_variants_are_those_of_the_chip() -> None:
-    assert list(variants("attention")) == ["blocks", "flash", "kernel"]
+    assert list(variants("attention")) == ["blocks", "flash", "kernel", "tiles"]
     assert list(variants("attention", "cuda")) == ["flash", "kernel"]
     assert list(variants("gate", "cpu")) == ["eager", "generated", "wide"]
     assert list(variants("gate", "npu")) == ["eager", "generated", "narrow"]
@@ -104,7 +104,11 @@ def test_a_mask_a_gpu_or_a_compiled_graph_is_the_kernels(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("config", "chip", "said"),
     [
-        (OperatorsConfig(attention="block"), None, "operators.attention=block is unknown; give one of auto, blocks, flash, kernel"),
+        (
+            OperatorsConfig(attention="block"),
+            None,
+            "operators.attention=block is unknown; give one of auto, blocks, flash, kernel, tiles",
+        ),
         (OperatorsConfig(norm=""), "cpu", "operators.norm= is unknown; give one of auto, eager"),
         (
             OperatorsConfig(attention="blocks"),

@@ -1,0 +1,17 @@
+"""What a user has set in the environment for all runs. Does not import torch."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def default_cache() -> Path:
+    """Returns $XDG_CACHE_HOME/bagualu or, if the variable is not set, ~/.cache/bagualu. It is the user's setting for all caches."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bagualu"
+
+
+def cpp_compiler() -> str | None:
+    """Returns the path of the C++ compiler for kernels: g++ or, as for torch's compiler, the one that the variable CXX
+    names; None if there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
