@@ -22,7 +22,8 @@ class OperatorsConfig:
     gate: str = AUTO
     """The gated unit of feed-forwards and experts, silu(gate) * up: auto | eager | generated | any registered name."""
     attention: str = AUTO
-    """auto | kernel: torch's | blocks: on a CPU, plain matrix products for many heads together | any registered name."""
+    """auto | kernel: torch's | blocks: on a CPU, plain matrix products for many heads together | tiles: on a CPU with AVX512-BF16,
+    a kernel in C++ | any registered name."""
     loss: str = AUTO
     """The cross-entropy of a chunk of tokens and its gradient, given logits: auto | eager | generated | any registered name."""
 

@@ -38,7 +38,7 @@ def test_the_variant_of_the_guide_conforms_and_trains(tmp_path: Path, monkeypatc
     install(tmp_path)
     monkeypatch.delitem(sys.modules, "pulsar", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    assert list(variants("attention", "cpu")) == ["blocks", "kernel", "products"]
+    assert list(variants("attention", "cpu")) == ["blocks", "kernel", "products", "tiles"]
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         check("attention", variant_of("attention", "products", "cpu"), dtype, torch.device("cpu"))
     expected = run("simulated", 1, train, small_recipe(), 2)

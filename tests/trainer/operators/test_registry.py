@@ -1,5 +1,6 @@
 """Variants are found by their entry points alone, and one that cannot be had is refused with those that can."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def _vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pulsar.py").write_text(MODULE)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: pulsar\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(VENDOR)
+    monkeypatch.delitem(sys.modules, "pulsar", raising=False)  # of another test
     monkeypatch.syspath_prepend(tmp_path)
 
 
