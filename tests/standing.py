@@ -38,6 +38,8 @@ _OF_SAVES = "checkpoint"
 """Figures of checkpoints, whose writing goes on beside the steps: their names begin like this."""
 _OF_VALIDATION = "validation"
 """Looked at by themselves (`assert_same_validations`)."""
+_OF_A_PROCESS = ("new_shapes",)
+"""What counts from the beginning of a process, and so again in a run that resumes."""
 _OF_TROUBLE = ("cause", "ranks", "attempts", "layers_of_stages")
 """What a step says that went well only when it was done again, or after which layers could not move."""
 
@@ -63,7 +65,7 @@ def figures(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _may_vary(key: str) -> bool:
-    return key.endswith(_MEASURED) or key.startswith((_OF_SAVES, _OF_VALIDATION)) or key in _OF_TROUBLE
+    return key.endswith(_MEASURED) or key.startswith((_OF_SAVES, _OF_VALIDATION)) or key in (*_OF_TROUBLE, *_OF_A_PROCESS)
 
 
 def validations(run_dir: Path) -> dict[int, Any]:

@@ -78,12 +78,11 @@ def train(
     started = time.perf_counter()
     torch.manual_seed(recipe.run.seed)  # nothing uses this generator; if code ever does, ranks will not differ by accident
     require_same_recipe(recipe, communicator)
-    if recipe.train.compile is True:
-        keep_kernels_in(cache_folder(recipe.data) / "kernels")
+    keep_kernels_in(cache_folder(recipe.data) / "kernels")
     ledger = open_ledger(recipe, communicator)
     choose_kernels(recipe, communicator.device)
     operators, said = choose_operators(recipe, communicator)
-    recipe = replace(recipe, operators=operators.as_config())
+    recipe = replace(recipe, operators=operators.as_config(), train=replace(recipe.train, compile=False))  # chosen now
     comes = _state_will_be_read(recipe, communicator)
     state = assemble(recipe, communicator, _corpus(recipe), no_values if comes else values_of(recipe, communicator))
     if recipe.model.origin and not comes and communicator.rank == 0:
@@ -212,7 +211,7 @@ def _facts(state: TrainerState, memory: PeakMemory) -> dict[str, Any]:
         "layout": str(state.mesh.layout),
         "engine": state.recipe.parallel.engine,
         "zero": state.recipe.parallel.zero_stage,
-        "compile": state.recipe.train.compile is True,
+        "compile": state.recipe.generates,
         "operators": state.recipe.operators.as_dict(),
         "micro_batches_of_data_ranks": state.shares,
         "layers_of_stages": state.split.counts,

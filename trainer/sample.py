@@ -37,7 +37,7 @@ def show_sample(state: TrainerState, step: int) -> None:
     text = GrowingText(None, prompt, sampling.max_new_tokens, end_tokens=() if end is None else (end,))
     stages = Stages(state.recipe, state.mesh, state.engine.model, state.engine.slices)
     # Compiling for every length of the cache would take far longer than the sample.
-    with torch.compiler.set_stance("force_eager") if state.recipe.train.compile is True else nullcontext():
+    with torch.compiler.set_stance("force_eager") if state.recipe.generates else nullcontext():
         generate(stages, [prompt], [text], sampling)
     if state.mesh.at("world") == 0:
         words = load_tokenizer(path).decode([*prompt, *text.tokens], skip_special_tokens=not state.corpus.conversations)

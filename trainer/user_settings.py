@@ -14,4 +14,4 @@ def default_cache() -> Path:
 def cpp_compiler() -> str | None:
     """Returns the path of the C++ compiler for kernels: g++ or, as for torch's compiler, the one that the variable CXX
     names; None if there is none."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+    return shutil.which(os.environ.get("CXX") or "g++")

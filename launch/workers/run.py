@@ -59,7 +59,7 @@ def run(
             summary.begins()
         if not threaded:
             needed = ["bagualu.launch.workers.worker_process", _ELASTIC, entrypoint.split(":")[0]]
-            compiler = recipe.train.compile is True or recipe.train.recompute != "none"
+            compiler = recipe.generates or recipe.train.recompute != "none"
             fork_server.start([*needed, _COMPILER] if compiler else needed, folder)
         with uncollected():
             from bagualu.launch.workers import processes, threads  # they import torch, while the fork server does the same

@@ -24,9 +24,7 @@ class GradientReducer:
     """Adds the gradients of a step's micro-batches to the buckets, and reduces the buckets: most during the backward pass, once
     they and all earlier ones are complete."""
 
-    def __init__(self, buckets: list[Bucket], mesh: Mesh, fused: Callable[[str], bool] = lambda _: False) -> None:
-        """`fused` returns whether the kernels of the parameter with this name add its gradient straight to the bucket
-        (`gradient_sink`)."""
+    def __init__(self, buckets: list[Bucket], mesh: Mesh) -> None:
         self.buckets = buckets
         self.mesh = mesh
         self.put_off: list[Callable[[], None]] | None = None
@@ -51,8 +49,7 @@ class GradientReducer:
                 sink = GradientSink(self, bucket, _gradient_of(entry, bucket))
                 self._sinks_of.setdefault(id(bucket), []).append((entry, sink))
                 self._handles.append(entry.parameter.register_post_accumulate_grad_hook(sink.take))
-                if fused(entry.name):
-                    entry.parameter.gradient_sink = sink  # type: ignore[attr-defined]
+                entry.parameter.gradient_sink = sink  # type: ignore[attr-defined]
 
     def lend(self) -> None:
         """Where possible, lets the other ranks read the gradients of partitioned buckets in this rank's memory, so that their

@@ -196,7 +196,8 @@ def _stages_each(space: SearchSpace, pipeline: int) -> list[int]:
 def evened(counts: Sequence[float], placement: StagePlacement) -> tuple[int, ...]:
     """Returns numbers of layers per stage with which each rank has as many layers as with `counts`, all whole, and each of its
     stages as many as the others, the first ones a layer more. A rank's time does not show what long stages make others wait."""
-    found = list(map(int, counts))
+    found = [int(count) for count in counts]
+    assert found == list(counts), "halves of layers are not evened"
     for rank in range(placement.ranks):
         stages = placement.stages_of(rank)
         each, rest = divmod(sum(found[stage] for stage in stages), len(stages))

@@ -13,7 +13,7 @@ from bagualu.comm.cost import KINDS, collective_cost, collective_seconds
 from bagualu.comm.topology import Cluster, LinkTier
 from tests.comm.clusters import NETWORK, NODE, mixed, single
 
-SIZES = st.floats(0, 1e12)
+SIZES = st.just(0.0) | st.floats(1, 1e12)
 ALL = [(kind, algorithm) for kind, algorithms in KINDS.items() for algorithm in algorithms]
 COLLECTIVES = [pair for pair in ALL if pair[0] != "p2p"]
 

@@ -8,7 +8,7 @@ import pytest
 from bagualu.trainer.run import train
 from tests.harness import run
 from tests.launch.survival import small
-from tests.standing import assert_same_curve
+from tests.standing import assert_same_curve, assert_same_run
 
 
 def trained(communicator, folder, *words):
@@ -39,3 +39,16 @@ def test_compiled_and_eager_are_one_curve(tmp_path, words):
         run("gloo", 2, trained, tmp_path / compiled, f"train.compile={compiled}", "parallel.data=1", *words)
         assert json.loads((tmp_path / compiled / "summary.json").read_text())["compile"] is (compiled == "true")
     assert_same_curve(tmp_path / "true", tmp_path / "false", 1e-4 if "train.dtype=float32" in words else 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="generating kernels needs a C++ compiler (g++ on PATH)")
+@pytest.mark.parametrize("words", [[], ["train.recompute=full", "train.dtype=bfloat16"]], ids=" ".join)
+def test_a_compiled_run_that_resumes_has_the_same_bits(tmp_path, words):
+    """Validation and the head's last chunk bring other sizes in between."""
+    sizes = ["data.sequence_length=96", "data.global_batch=16", "train.micro_batch=16"]
+    words = [*sizes, "train.compile=true", "train.validate_every=1", "comm.backend=gloo", "parallel.data=1", *words]
+    run("gloo", 1, trained, tmp_path / "whole", *words, "train.steps=4", "checkpoint.every=2")
+    run("gloo", 1, trained, tmp_path / "again", *words, "train.steps=2", "checkpoint.every=2")
+    run("gloo", 1, trained, tmp_path / "again", *words, "train.steps=4", "checkpoint.every=2", "checkpoint.resume=true")
+    assert_same_run(tmp_path / "again", tmp_path / "whole")

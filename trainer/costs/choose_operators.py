@@ -21,10 +21,10 @@ from bagualu.trainer.costs.operator_cases import AttentionShape, OperatorCalls, 
 from bagualu.trainer.costs.operator_times import measurable, times_of
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.data.corpus_cache import cache_folder
-from bagualu.trainer.operators.choice import MEASURED, USUAL, Chosen, ChosenOperators, by_rule, kept, quickest
-from bagualu.trainer.operators.config import OperatorsConfig
-from bagualu.trainer.operators.operator_set import lacked_by
-from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS
+from bagualu.trainer.operators.choice import COMPILED, GIVEN, MEASURED, USUAL, Chosen, ChosenOperators, by_rule, kept, quickest
+from bagualu.trainer.operators.config import OperatorsConfig, generated_of
+from bagualu.trainer.operators.operator_set import lacked_by, operator_set
+from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, GENERATED
 from bagualu.trainer.operators.usual import usual_variant
 from bagualu.trainer.recipe.config import Recipe
 
@@ -40,7 +40,8 @@ def choose_operators(recipe: Recipe, communicator: Communicator) -> tuple[Chosen
     rank if a variant cannot be had."""
     found = on_all(lambda: _choose(recipe, communicator) if communicator.rank == 0 else None, communicator.world)
     values = broadcast_json(None if found is None else found[0].to_json(), communicator.world)
-    chosen, remarks = _had_by_all(ChosenOperators.from_json(values), recipe.variants, communicator)
+    chosen, remarks = _had_by_all(ChosenOperators.from_json(values), recipe.operators, communicator)
+    on_all(lambda: operator_set(chosen.as_config(), chip_of(communicator.device)), communicator.world)  # all or none are refused
     return chosen, [] if found is None else [*found[1], *remarks]
 
 
@@ -59,9 +60,20 @@ def _had_by_all(chosen: ChosenOperators, given: OperatorsConfig, communicator: C
 def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators, list[str]]:
     chip, product = chip_of(communicator.device), device_name(communicator.device)
     recorded, begun = _recorded(recipe)
-    if recorded is not None and recipe.train.compile is False:
-        recorded = recorded.not_generated()
-    chosen, remarks = kept(recorded, recipe.variants, chip, product)
+    compiles = recipe.train.compile is True
+    before = recorded.operators if recorded is not None else {}
+    dropped = [name for name, was in before.items() if was.why == COMPILED and not compiles]
+    if recorded is not None and dropped:
+        recorded = recorded.without(COMPILED)
+    chosen, remarks = kept(recorded, recipe.operators, chip, product)
+    if dropped:
+        remarks.append(f"train.compile=false: {', '.join(dropped)} are not generated kernels any more, as they were so far")
+    for operator in generated_of(recipe.operators) if compiles else ():
+        was = before.get(operator)
+        if was is None or was.why != GIVEN:
+            chosen[operator] = Chosen(GENERATED, COMPILED)
+        if was is not None and chosen[operator].variant != was.variant:
+            remarks.append(f"operators.{operator}={GENERATED}, by train.compile=true; so far the run had {was.variant}")
     micro_batches = recipe.micro_batches() / recipe.validate(communicator.size).data
     cases = list(cases_of(work_of(recipe, recipe.validate(communicator.size))))
     for operator in DEFAULT_VARIANTS:
@@ -100,8 +112,8 @@ def _remark(operator: str, chosen: Chosen) -> list[str]:
 
 
 def _recorded(recipe: Recipe) -> tuple[ChosenOperators | None, bool]:
-    """Returns what the run that is resumed has recorded, None if nothing, and whether there is such a run: one that began without a
-    record, with an earlier version, had the usual variants."""
+    """Returns what the run that is resumed has recorded, None if nothing, and whether there is such a run: one without a
+    record had the usual variants."""
     run = RunDirectory(recipe.run.dir)
     if not recipe.checkpoint.resume:
         return None, False

@@ -35,7 +35,7 @@ def choose_compile(recipe: Recipe, workers: int, world: int, before: bool | None
     if given is False or recipe.comm.backend == "simulated":
         return (_with(recipe, False), "") if given == CHOSEN else (recipe, "")
     if recipe.comm.on_cpu and cpp_compiler() is None:
-        why = "train.compile=false, since there is no C++ compiler (install g++, or name one in the variable CXX)"
+        why = "train.compile=false from now on, since there is no C++ compiler (install g++, or name one in the variable CXX)"
         return _with(recipe, False), why if given is True or before else ""
     if given is True:
         return recipe, ""

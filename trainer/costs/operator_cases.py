@@ -81,7 +81,7 @@ def cases_of(work: ModelWork) -> Iterator[OperatorCalls]:
     heads, key_heads = model.heads // tensor, max(1, model.key_value_heads // tensor)
     multiplied = "float32" if work.widens else work.dtype  # the dtype in which queries and keys are projected
     windows = [model.window_of(layer) for layer in range(model.layers)]
-    for window in dict.fromkeys(windows):
+    for window in dict.fromkeys(windows) if not work.documents else ():  # between documents there is one variant
         layer = windows.index(window)
         within = None if window is None or window >= work.sequence_length else window
         shape = AttentionShape(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bagualu.comm.errors import RecipeError
 from bagualu.parallel.precision import chip_of
 from bagualu.trainer.costs.cache import kept, on_device
 from bagualu.trainer.costs.operator_cases import OperatorCalls, PreparedCall
@@ -29,7 +30,16 @@ def measurable(operator: str, chip: str) -> dict[str, EntryPoint]:
     """Returns the variants of `operator` that `chip` has and that are measured: not those that have to be generated first, and not
     those for which this machine lacks something. Raises RecipeError for a variant that cannot be imported."""
     candidates = {name: entry for name, entry in variants(operator, chip).items() if name != GENERATED}
-    return {name: entry for name, entry in candidates.items() if is_usable(operator, name, chip)}
+    return {name: entry for name, entry in candidates.items() if _is_usable(operator, name, chip)}
+
+
+def _is_usable(operator: str, variant: str, chip: str) -> bool:
+    """Returns whether it is usable. A variant of another package that cannot be imported is logged: it is nobody's choice."""
+    try:
+        return is_usable(operator, variant, chip)
+    except RecipeError as error:
+        log.warning("%s", error)
+        return False
 
 
 def times_of(case: OperatorCalls, device: torch.device, cache: Path) -> dict[str, float]:

@@ -11,6 +11,7 @@ from bagualu.comm.config import AUTO
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.pipeline.registry import placement_of
 from bagualu.parallel.sharding import ShardingPlan
+from bagualu.trainer.data.config import STREAM
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.plan import decoder_plan
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
@@ -56,6 +57,8 @@ class ModelWork:
     """Whether the ranks compute on CPUs, by operations that take more memory for intermediate results than an accelerator's."""
     widens: bool = False
     """Whether matrices of a 16-bit dtype are multiplied in float32 (parallel/precision.py)."""
+    documents: bool = False
+    """Whether rows hold several documents, between which attention has a mask; then torch's kernel computes it."""
     operators: OperatorsConfig = field(default_factory=OperatorsConfig)
     """The variants by which operators are computed."""
 
@@ -112,10 +115,12 @@ class ModelWork:
         return self._attention_variant(layer) == "blocks"
 
     def attends_in_tiles(self, layer: int) -> bool:
-        """Returns whether the attention of `layer` is computed in tiles (operators/tiles.py). It is not between documents."""
+        """Returns whether the attention of `layer` is computed in tiles (operators/tiles.py)."""
         return self._attention_variant(layer) == "tiles"
 
     def _attention_variant(self, layer: int) -> str:
+        if self.documents:
+            return registry.DEFAULT_VARIANTS["attention"]
         variant, in_bfloat16 = self.operators.attention, self.dtype == "bfloat16" and not self.widens
         length, keys, slopes = self.sequence_length, self.keys(layer), self.model.positions == "alibi"
         if variant == registry.AUTO:
@@ -158,6 +163,7 @@ def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
         ends_apart=placement.rank_of(0) != placement.rank_of(placement.stages - 1),
         on_cpu=on_cpu,
         widens=on_cpu and not cpu_multiplies(dtype),
+        documents=recipe.data.packing != STREAM,
         operators=recipe.variants,
     )
 

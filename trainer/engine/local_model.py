@@ -37,7 +37,8 @@ def local_model(
     config, parallel = recipe.model.padded_over(mesh.layout.tensor), recipe.parallel
     slices = [split.slices[stage] for stage in mesh.stages]
     plan = decoder_plan(config, parallel.sequence)
-    operators = operator_set(recipe.variants, chip_of(mesh.group("world").device))
+    device = mesh.group("world").device
+    operators = operator_set(recipe.variants, chip_of(device), here=device.type != "meta")
     with torch.device("meta"):
         model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, split.recompute, recipe.train.offload_bytes, operators)
     taken: set[int] = set()

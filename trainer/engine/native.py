@@ -135,7 +135,7 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
         take(model, plan, list(model.named_parameters()))
         gatherer = None
     trained, frozen = ([bucket for bucket in buckets if bucket.kind.trained is wanted] for wanted in (True, False))
-    reducer = GradientReducer(trained, mesh, fused=lambda _: True)
+    reducer = GradientReducer(trained, mesh)
     optimizer = ShardedOptimizer(trained, recipe.optim, world.device, recipe.run.seed)
     untrained = list(untrained_of(model, plan, mesh, frozen=zero < 3))
     return NativeEngine(model, trained, frozen, untrained, reducer, optimizer, gatherer, world)

@@ -76,7 +76,7 @@ def compose_layout(
     model = replace(then.model, origin=None, lora=LoraConfig())
     base = Recipe(
         run=RunConfig(name=then.run.name, dir=folder, seed=then.run.seed), model=model, data=data,
-        train=TrainConfig(dtype=then.train.dtype, micro_batch=then.train.micro_batch),
+        train=TrainConfig(dtype=then.train.dtype, micro_batch=then.train.micro_batch, compile=False),
     )  # fmt: skip
     recipe = compose(overrides, several, base)
     for override in parse(overrides):

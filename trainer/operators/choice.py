@@ -2,6 +2,7 @@
 not import torch."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, GENERATED
 
 ALIKE = 0.05
 """The usual variant is kept unless another takes less time than it by more than this fraction."""
-GIVEN, MEASURED, USUAL = "given", "measured", "usual"
+GIVEN, COMPILED, MEASURED, USUAL = "given", "compiled", "measured", "usual"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Chosen:
 
     variant: str
     why: str
-    """given: the recipe names it. measured: it was quicker here. usual: nothing was measured, or nothing better was found."""
+    """given: the recipe names it. compiled: train.compile chose it. measured: it was quicker here.
+    usual: nothing was measured, or nothing better was found."""
     seconds: dict[str, float] = field(default_factory=dict)
     """The measured times of all calls in a micro-batch, by variant."""
 
@@ -40,9 +42,9 @@ class ChosenOperators:
     def as_config(self) -> OperatorsConfig:
         return OperatorsConfig(**self.variants)
 
-    def not_generated(self) -> "ChosenOperators":
-        """Returns the same without the choices of generated kernels."""
-        return replace(self, operators={name: one for name, one in self.operators.items() if one.variant != GENERATED})
+    def without(self, reason: str) -> "ChosenOperators":
+        """Returns the same without the choices made for this reason."""
+        return replace(self, operators={name: chosen for name, chosen in self.operators.items() if chosen.why != reason})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,7 +71,7 @@ def quickest(usual: Sequence[str], times: Sequence[Mapping[str, float]]) -> Chos
     variant, and the usual variant of each kind."""
     names = [name for name in times[0] if all(name in of_kind for of_kind in times)]
     totals = {name: sum(of_kind[name] for of_kind in times) for name in names}
-    before = sum(of_kind[name] for of_kind, name in zip(times, usual, strict=True))
+    before = sum(of_kind.get(name, math.inf) for of_kind, name in zip(times, usual, strict=True))  # one that fails has no time
     best = min(totals, key=lambda name: totals[name])
     if totals[best] >= before * (1 - ALIKE):
         return replace(by_rule(usual), seconds=totals)
@@ -110,6 +112,6 @@ def as_recorded(path: Path, config: OperatorsConfig, chip: str) -> OperatorsConf
     """Returns `config` with the variants that a run has recorded in `path` in place of auto, as far as `chip` has them and they
     need not be generated, which takes longer than most texts. Raises OSError, and ValueError if the file is damaged."""
     recorded = ChosenOperators.read(path)
-    recorded = None if recorded is None else recorded.not_generated()
     settled, _ = kept(recorded, config, chip, recorded.chip if recorded is not None else "")
-    return replace(config, **{operator: chosen.variant for operator, chosen in settled.items()})
+    generated = [name for name, chosen in settled.items() if chosen.variant == GENERATED and getattr(config, name) == AUTO]
+    return replace(config, **{name: AUTO if name in generated else chosen.variant for name, chosen in settled.items()})

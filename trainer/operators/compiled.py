@@ -9,6 +9,7 @@ CACHE is the default folder of caches. KEY is a hash of the source, the options 
 import ctypes
 import hashlib
 import os
+import platform
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ def load_compiled(source: Path, options: Sequence[str]) -> ctypes.CDLL:
 
 
 def _library(source: Path, options: Sequence[str]) -> Path:
-    depends_on = "\0".join((source.read_text(encoding="utf-8"), *_OPTIONS, *options, torch.__version__))
+    depends_on = "\0".join((source.read_text(encoding="utf-8"), *_OPTIONS, *options, torch.__version__, *platform.libc_ver()))
     key = hashlib.blake2b(depends_on.encode(), digest_size=12).hexdigest()
     return default_cache() / "compiled" / f"{source.stem}-{key}.so"
 

@@ -33,13 +33,14 @@ class OperatorsConfig:
 
     def generated(self) -> "OperatorsConfig":
         """Returns the same with generated kernels in place of auto, where there are any."""
-        return replace(self, **{name: GENERATED for name in _GENERATED if getattr(self, name) == AUTO})
-
-    def not_generated(self) -> "OperatorsConfig":
-        """Returns the same with auto in place of generated kernels."""
-        return replace(self, **{name: AUTO for name, variant in self.as_dict().items() if variant == GENERATED})
+        return replace(self, **dict.fromkeys(generated_of(self), GENERATED))
 
     def validate(self, chip: str | None) -> None:
         """Raises RecipeError for a variant that is not registered, or that `chip` has not; None: the chip is not known yet."""
         for operator, variant in self.as_dict().items():
             require_variant(operator, variant, chip)
+
+
+def generated_of(config: OperatorsConfig) -> list[str]:
+    """Returns the operators that are left to auto and have a variant whose kernels are generated."""
+    return [name for name in _GENERATED if getattr(config, name) == AUTO]

@@ -11,7 +11,7 @@ still go straight to their buckets, and a schedule may take the backward pass in
 
 import logging
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ class Kernel:
     Once the compiler has failed, and within a dispatch mode, which must see each operation, it calls the function itself. A mode
     with a method `as_one_kernel` gets the kernel and its arguments instead."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], dynamic: bool | None = None) -> None:
+        self.function, self.dynamic = function, dynamic
         self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__.removeprefix('_')}"
         self._failed = False
 
@@ -56,12 +56,37 @@ class Kernel:
     def _compiled(self) -> Callable[..., Any]:
         torch._dynamo.config.recompile_limit = _MOST_SHAPES  # torch loads the compiler here: two seconds
         torch._inductor.config.cpp.vec_isa_ok = True  # that the CPU has AVX-512 is else tried out in each process: a second
-        return torch.compile(self.function, fullgraph=True)
+        return torch.compile(self.function, fullgraph=True, dynamic=self.dynamic)
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether calls have been computed by a generated kernel, all of them."""
+        return "_compiled" in self.__dict__ and not self._failed
 
 
 def kernel(function: Callable[..., Any]) -> Kernel:
-    """Returns the kernel of a function; a decorator."""
+    """Returns the kernel of a function that computes each element for itself; a decorator. A second size of its tensors has a
+    kernel for all sizes generated, which gives the same bits."""
     return Kernel(function)
+
+
+def kernel_with_sums(function: Callable[..., Any]) -> Kernel:
+    """Does the same for a function that adds elements up. Each size has a kernel of its own, since the order of sums may depend on
+    it; were a kernel for all sizes generated later, a run that resumes would have other bits."""
+    return Kernel(function, dynamic=False)
+
+
+@cache
+def fails() -> str | None:
+    """Returns what generated kernels need and this machine has not, found out by generating one; None if nothing."""
+    probe = Kernel(_twice)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    probe(torch.ones(64, device=device))
+    return None if probe.is_generated else "a compiler that works (g++, or what the variable CXX names)"
+
+
+def _twice(x: torch.Tensor) -> torch.Tensor:
+    return x + x
 
 
 def _first_line(error: BaseException) -> str:

@@ -31,29 +31,30 @@ BY_RULE = OperatorSet()
 """What auto stands for where nothing has been measured."""
 
 
-def operator_set(config: OperatorsConfig, chip: str) -> OperatorSet:
+def operator_set(config: OperatorsConfig, chip: str, here: bool = True) -> OperatorSet:
     """Returns the variants that `config` names for tensors on `chip` (`precision.chip_of`). Raises RecipeError if the chip has not
-    one of them."""
+    one of them. `here`: whether this machine computes with them, or they are traced for another."""
     named = {operator: variant for operator, variant in config.as_dict().items() if variant != AUTO}
-    return OperatorSet(**{operator: variant_of(operator, variant, chip) for operator, variant in named.items()})
+    return OperatorSet(**{operator: variant_of(operator, variant, chip, here) for operator, variant in named.items()})
 
 
-def variant_of(operator: str, variant: str, chip: str) -> Callable[..., Any]:
+def variant_of(operator: str, variant: str, chip: str, here: bool = True) -> Callable[..., Any]:
     """Returns the variant, with the operator's default in its place for arguments that it does not take. Raises RecipeError if the
-    chip has it not, or if this machine lacks something for it."""
+    chip has it not or, `here`, if this machine lacks something for it."""
     found: Callable[..., Any] = load_variant(operator, variant, chip)
-    if (lacked := _lacked(found)) is not None:
+    if here and (lacked := _lacked(found)) is not None:
         raise RecipeError(f"operators.{operator}={variant} needs {lacked}, which this machine has not; provide it, or give "
                           f"operators.{operator}={AUTO}")  # fmt: skip
     return _OrDefault(found, load_variant(operator, DEFAULT_VARIANTS[operator], chip)) if hasattr(found, "takes") else found
 
 
 def lacked_by(config: OperatorsConfig, given: OperatorsConfig, chip: str) -> dict[str, str]:
-    """Returns what this machine lacks for variants of `config`, by operator. A variant that `given` names is left out, since
-    `variant_of` refuses it. Raises RecipeError for a variant that cannot be had anyway."""
+    """Returns what this machine lacks for variants of `config`, by operator, and makes them ready. A variant that `given` names is
+    left out, since `variant_of` refuses it. Raises RecipeError for a variant that cannot be had anyway."""
     named = given.as_dict()
     found = {operator: variant for operator, variant in config.as_dict().items() if variant not in (AUTO, named[operator])}
-    lacked = {operator: _lacked(load_variant(operator, variant, chip)) for operator, variant in found.items()}
+    loaded = {operator: load_variant(operator, variant, chip) for operator, variant in found.items()}
+    lacked = {operator: _lacked(variant) or _failure(variant) for operator, variant in loaded.items()}
     return {operator: what for operator, what in lacked.items() if what is not None}
 
 
@@ -65,6 +66,11 @@ def is_usable(operator: str, variant: str, chip: str) -> bool:
 def _lacked(variant: Any) -> str | None:
     lacked: str | None = variant.lacks() if hasattr(variant, "lacks") else None
     return lacked
+
+
+def _failure(variant: Any) -> str | None:
+    failure: str | None = variant.fails() if hasattr(variant, "fails") else None
+    return failure
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ another accelerator): this package's in `_OWN`, others' under the entry point gr
 what it is given and returns is said by the operator's default in `OperatorSet` (operator_set.py). It may have an attribute `takes`,
 a function of the same arguments that returns whether the variant can compute them; the operator's default takes the place of one
 that cannot. And it may have an attribute `lacks`, a function without arguments that returns what the variant needs and this machine
-has not, such as "a C++ compiler", or None.
+has not, such as "a C++ compiler", or None. A third one, `fails`, makes the variant ready and returns what it needs for that and
+this machine has not; the ranks ask it before they agree on a variant that nobody has named.
 """
 
 from importlib.metadata import EntryPoint, entry_points

@@ -118,7 +118,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    if chip_of(x.device) == "cuda" and not torch.compiler.is_compiling():
+    if chip_of(x.device) == "cuda":
         return _rotated_by_halves(x, cos, sin, direction)
     other = x.roll(x.shape[-1] // 2, -1).to(cos.dtype)
     return (x.to(cos.dtype) * cos.unsqueeze(-2)).addcmul_(other, sin.unsqueeze(-2), value=direction).to(x.dtype)

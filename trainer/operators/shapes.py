@@ -18,7 +18,7 @@ def generates_code(x: torch.Tensor) -> bool:
 
 def meet(rows: int, weight: torch.Tensor) -> None:
     """Notes a product of so many rows with a matrix `weight` [..., O, I], if code is generated for its shape."""
-    if rows and not torch.compiler.is_compiling() and generates_code(weight):
+    if rows and generates_code(weight):
         _met.add((rows, weight.shape[-2], weight.shape[-1], weight.dtype))
 
 

@@ -22,6 +22,7 @@ _SOURCE = Path(__file__).with_suffix(".cpp")
 _OPTIONS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
 _INSTRUCTIONS = ("fma3", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
 """The instruction sets of `_OPTIONS`, as torch names them."""
+_COMPILER = "a C++ compiler that works (g++, or what the variable CXX names)"
 log = logging.getLogger(__name__)
 
 
@@ -34,8 +35,12 @@ class AttentionTiles:
         if not all(capabilities.get(name) for name in _INSTRUCTIONS):
             return "a CPU with AVX512-BF16 instructions"
         if cpp_compiler() is None and not is_compiled(_SOURCE, _OPTIONS):
-            return "a C++ compiler (g++, or what the variable CXX names)"
+            return _COMPILER
         return None
+
+    def fails(self) -> str | None:
+        """Compiles the kernel; returns what it needs if that fails."""
+        return None if self._kernels is not None else _COMPILER
 
     def takes(
         self,
@@ -48,11 +53,12 @@ class AttentionTiles:
     ) -> bool:
         """Returns whether the kernel computes these arguments. It is compiled by the first call that it could compute; if that
         fails, a line is logged, and it takes no arguments from then on."""
-        if mask is not None or query.device.type != "cpu" or torch.compiler.is_compiling():
+        if mask is not None or query.device.type != "cpu":
             return False
         in_bfloat16 = query.dtype == key.dtype == value.dtype == torch.bfloat16
-        _, _, length, width = query.shape
-        computes = tiles_compute(in_bfloat16, width, length, window, slopes is not None) and key.shape == value.shape
+        batch, heads, length, width = query.shape
+        fits = key.shape == value.shape == (batch, key.shape[1], length, width) and heads % key.shape[1] == 0
+        computes = fits and tiles_compute(in_bfloat16, width, length, window, slopes is not None)
         return computes and self._kernels is not None
 
     def __call__(

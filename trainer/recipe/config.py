@@ -325,6 +325,11 @@ class Recipe:
         """The variants of operators: those that `operators` names and, with train.compile=true, generated ones of the others."""
         return self.operators.generated() if self.train.compile is True else self.operators
 
+    @property
+    def generates(self) -> bool:
+        """Whether torch's compiler generates kernels of operators."""
+        return GENERATED in self.variants.as_dict().values()
+
     def planned_faults(self, world: int) -> list[Fault]:
         """Returns the faults that `faults` describes, on `world` ranks. Raises RecipeError."""
         return resolve(self.faults, self._setting(world))

@@ -19,9 +19,10 @@ def require_same_recipe(recipe: Recipe, communicator: Communicator) -> None:
     """Raises RecipeError on every rank, with up to _SHOWN keys and both values, if a rank's recipe differs from rank 0's.
     Collective.
 
-    data.cache may differ: it does not affect the run, and each node may have its own.
+    data.cache may differ: it does not affect the run, and each node may have its own. So may train.compile, which a node may have
+    chosen by itself: rank 0 decides (trainer/costs/choose_operators.py).
     """
-    own = plain(replace(recipe, data=replace(recipe.data, cache=None)))
+    own = plain(replace(recipe, data=replace(recipe.data, cache=None), train=replace(recipe.train, compile=False)))
     if difference := first_different(own, communicator.world):
         rank, theirs, first = difference
         raise RecipeError(_difference(rank, _by_key(theirs), _by_key(first)))

@@ -46,7 +46,7 @@ class LayoutCosts:
         """`choosable`: those of the two keys that `variations` may choose."""
         self.recipe, self.refusal = recipe, ""
         self._estimator, self._predict, self._choosable = estimator, predict, choosable
-        self._splits: dict[object, tuple[float, ...] | None] = {}
+        self._splits: dict[object, tuple[tuple[float, ...], tuple[float, ...] | None] | None] = {}
 
     def recipe_of(self, layout: PlannedLayout) -> Recipe:
         """Returns the recipe in this layout."""
@@ -106,9 +106,20 @@ class LayoutCosts:
         key = placement, Division.of(layout.degrees), layout.recompute
         if key not in self._splits:
             self._splits[key] = self._solved(layout, placement, blocks)
-        return self._splits[key]
+        if (solved := self._splits[key]) is None:
+            return None
+        chosen, inside = solved
+        if inside is not None:  # a step also depends on the schedule and the ZeRO stage
+            step, whole = (self.estimate(replace(layout, balance=counts)).total for counts in (inside, chosen))
+            chosen = inside if step <= whole * (1 - CUT_GAIN) else chosen
+        uniform = tuple(one.count for one in split_layers(self.recipe.model.layers, placement))
+        return None if chosen == uniform else chosen
 
-    def _solved(self, layout: PlannedLayout, placement: StagePlacement, blocks: Sequence[Block]) -> tuple[float, ...] | None:
+    def _solved(
+        self, layout: PlannedLayout, placement: StagePlacement, blocks: Sequence[Block]
+    ) -> tuple[tuple[float, ...], tuple[float, ...] | None] | None:
+        """Returns the best numbers of whole layers and, if they may gain enough, of layers that are cut inside; None if there are
+        none."""
         schedule = compute_schedule(layout.schedule, placement.ranks, 1, layout.virtual_stages)
         problem = Problem(self._table(layout, blocks[0]), schedule, self._speeds(layout, blocks), None)
 
@@ -120,13 +131,9 @@ class LayoutCosts:
             return None
         even = evened(found, placement)
         chosen = even if slowest(even) <= (1 + _ALIKE) * slowest(found) else found
-        if slowest(chosen) * (1 - CUT_GAIN) > problem.even_seconds():
-            inside = _counts(Problem(self._table(layout, blocks[0], halves=True), schedule, problem.speeds, None, halves=True))
-            if inside is not None:
-                step, whole = (self.estimate(replace(layout, balance=counts)).total for counts in (inside, chosen))
-                chosen = inside if step <= whole * (1 - CUT_GAIN) else chosen
-        uniform = tuple(one.count for one in split_layers(self.recipe.model.layers, placement))
-        return None if chosen == uniform else chosen
+        if slowest(chosen) * (1 - CUT_GAIN) <= problem.even_seconds():
+            return chosen, None
+        return chosen, _counts(Problem(self._table(layout, blocks[0], halves=True), schedule, problem.speeds, None, halves=True))
 
     def _speeds(self, layout: PlannedLayout, blocks: Sequence[Block]) -> list[float]:
         """Returns the speeds of the ranks at each coordinate of the pipeline, that of the first being 1."""

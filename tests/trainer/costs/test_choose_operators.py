@@ -14,15 +14,16 @@ from bagualu.comm.group import Communicator, connect
 from bagualu.comm.simulated import run
 from bagualu.comm.world import World
 from bagualu.trainer.costs import choose_operators as module
+from bagualu.trainer.costs import operator_times
 from bagualu.trainer.costs.choose_operators import choose_operators
 from bagualu.trainer.costs.operator_cases import OperatorCalls, cases_of
-from bagualu.trainer.costs.operator_times import measure, times_of
+from bagualu.trainer.costs.operator_times import measurable, measure, times_of
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.operators.attention import attention_blocks
-from bagualu.trainer.operators.choice import GIVEN, MEASURED, USUAL, Chosen, ChosenOperators
+from bagualu.trainer.operators.choice import GIVEN, MEASURED, USUAL, Chosen, ChosenOperators, quickest
 from bagualu.trainer.operators.config import OperatorsConfig
 from bagualu.trainer.operators.operator_set import operator_set
-from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS
+from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, load_variant
 from bagualu.trainer.operators.tiles import attention_tiles
 from bagualu.trainer.operators.usual import usual_variant
 from bagualu.trainer.recipe.config import Recipe
@@ -181,12 +182,11 @@ def test_what_the_machine_of_any_rank_lacks_is_not_taken(variant: str, tmp_path:
         assert remark not in said
 
 
-def test_a_named_variant_that_a_machine_lacks_stays_to_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_variant_that_a_machine_lacks_is_refused_but_may_be_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(attention_blocks), "lacks", lambda self: "a better chip", raising=False)
-    found, _ = chosen(recipe_in(tmp_path, operators__attention="blocks"))
-    assert found["attention"] == Chosen("blocks", GIVEN)
     with pytest.raises(RecipeError, match=r"operators.attention=blocks needs a better chip, which this machine has not"):
-        operator_set(OperatorsConfig(attention="blocks"), "cpu")
+        chosen(recipe_in(tmp_path, operators__attention="blocks"))
+    assert operator_set(OperatorsConfig(attention="blocks"), "cpu", here=False).attention is not None
 
 
 def test_what_this_machine_lacks_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,4 +291,40 @@ def test_a_run_that_goes_on_without_a_compiler_has_eager_variants(tmp_path: Path
     found, said = chosen(recipe)
     assert {found[name].variant for name in GENERATED} == {"eager"}
     assert found["attention"] == first.operators["attention"]
-    assert not said
+    assert said == ["train.compile=false: norm, rotary, gate, loss are not generated kernels any more, as they were so far"]
+
+
+def test_generated_kernels_that_a_recipe_names_stay_when_it_resumes(tmp_path: Path) -> None:
+    """Although train.compile=auto has been settled to false, which leaves out only what it had chosen itself."""
+    recipe = recipe_in(tmp_path, train__compile=False, operators__norm="generated", data__sequence_length=16)
+    first, _ = choose_operators(recipe, connect("gloo", World(0, 1)))
+    assert first.operators["norm"] == Chosen("generated", GIVEN)
+    Path(recipe.run.dir).mkdir()
+    (Path(recipe.run.dir) / "operators.json").write_text(json.dumps(first.to_json()))
+    recipe.checkpoint, recipe.operators = replace(recipe.checkpoint, resume=True), OperatorsConfig()
+    assert choose_operators(recipe, connect("gloo", World(0, 1))) == (first, [])
+
+
+def test_a_compiler_that_fails_leaves_all_ranks_without_generated_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("norm", "rotary", "gate", "loss"):
+        monkeypatch.setattr(load_variant(name, "generated", "cpu"), "fails", lambda: "a compiler that works")
+    found, said = chosen(recipe_in(tmp_path, train__compile=True, data__sequence_length=16))
+    assert [found[name] for name in ("norm", "rotary", "gate", "loss")] == [Chosen(AUTO, USUAL)] * 4
+    assert said[-1] == "operators.loss=auto: generated needs a compiler that works, which not all ranks have"
+
+
+def test_one_that_fails_while_it_is_measured_is_not_taken_although_it_is_the_usual_one() -> None:
+    assert quickest(["blocks"], [{"kernel": 2.0, "tiles": 1.0}]).variant == "tiles"
+
+
+def test_a_package_that_cannot_be_imported_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(operator: str, variant: str, chip: str) -> bool:
+        if variant == "blocks":
+            raise RecipeError("operators.attention=blocks cannot be imported")
+        return True
+
+    monkeypatch.setattr(operator_times, "is_usable", refuse)
+    assert "blocks" not in measurable("attention", "cpu")
+    assert "cannot be imported" in caplog.text

@@ -4,6 +4,7 @@ and whole steps of a model that computes with it. Variants that are wrong in one
 import functools
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from bagualu.parallel.vocabulary import loss_and_gradient
 from bagualu.trainer.operators.attention import attention_blocks, attention_kernel
 from bagualu.trainer.operators.gate import silu_gate
+from bagualu.trainer.operators.kernel import Kernel
 from bagualu.trainer.operators.norm import normalise
 from bagualu.trainer.operators.operator_set import is_usable, variant_of
 from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, GENERATED, variants
@@ -49,6 +51,9 @@ def test_results_and_gradients_are_those_of_the_formula(
     operator: str, variant: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     check(operator, variant_of(operator, variant, device.type), dtype, device)
+    if variant == GENERATED:
+        module = import_module(f"bagualu.trainer.operators.generated.{operator}")
+        assert all(value.is_generated for value in vars(module).values() if isinstance(value, Kernel)), "the plain function ran"
 
 
 MOE: dict[str, Any] = {"model__moe__experts": 4, "model__moe__top_k": 2, "model__moe__ffn": 8, "model__moe__every": 2}

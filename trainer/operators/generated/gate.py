@@ -6,13 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from bagualu.parallel.precision import accurate_dtype
-from bagualu.trainer.operators.kernel import kernel
+from bagualu.trainer.operators.kernel import fails, kernel
 
 
 def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, None]:
     """Returns silu(gate) * up [..., F] for gate and up [..., F], as the first factor of `operators.gate.silu_gate`."""
     product: torch.Tensor = _Gate.apply(gate, up)
     return product, None
+
+
+silu_gate.fails = fails  # type: ignore[attr-defined]
 
 
 class _Gate(torch.autograd.Function):

@@ -4,7 +4,7 @@ import torch
 
 from bagualu.comm.group import Group
 from bagualu.parallel.precision import accurate_dtype
-from bagualu.trainer.operators.kernel import kernel
+from bagualu.trainer.operators.kernel import fails, kernel_with_sums
 
 
 def loss_and_gradient(
@@ -19,10 +19,10 @@ def takes(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, grou
     return (group is None or group.size == 1) and logits.shape[1] > 0
 
 
-loss_and_gradient.takes = takes  # type: ignore[attr-defined]
+loss_and_gradient.takes, loss_and_gradient.fails = takes, fails  # type: ignore[attr-defined]
 
 
-@kernel
+@kernel_with_sums
 def _loss_and_gradient(logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = logits.to(accurate_dtype(logits.dtype))
     owned = counts & (target >= 0) & (target < logits.shape[1])

@@ -6,7 +6,7 @@ import torch
 
 from bagualu.comm.group import Group
 from bagualu.parallel.precision import accurate_dtype
-from bagualu.trainer.operators.kernel import kernel
+from bagualu.trainer.operators.kernel import fails, kernel_with_sums
 
 
 def normalise(
@@ -24,7 +24,7 @@ def takes(
     return bias is None and group is None
 
 
-normalise.takes = takes  # type: ignore[attr-defined]
+normalise.takes, normalise.fails = takes, fails  # type: ignore[attr-defined]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -39,14 +39,14 @@ class _RMSNorm(torch.autograd.Function):
         return *_gradients(grads[0], *ctx.saved_tensors), None
 
 
-@kernel
+@kernel_with_sums
 def _scaled(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     wide = x.to(accurate_dtype(x.dtype))
     scale = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
     return (wide * scale * weight.to(wide.dtype)).to(x.dtype), scale
 
 
-@kernel
+@kernel_with_sums
 def _gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = scale.dtype
     wide, grad = x.to(dtype), grad.to(dtype)

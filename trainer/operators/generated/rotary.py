@@ -4,13 +4,16 @@ from typing import Any
 
 import torch
 
-from bagualu.trainer.operators.kernel import kernel
+from bagualu.trainer.operators.kernel import fails, kernel
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Returns the result of `operators.rotary.rotate` for x [B, S, A, D], cos and sin [S, D] or [B, S, D]."""
     rotated: torch.Tensor = _Rotate.apply(x, cos, sin)
     return rotated
+
+
+rotate.fails = fails  # type: ignore[attr-defined]
 
 
 class _Rotate(torch.autograd.Function):

@@ -10,7 +10,7 @@ from bagualu.parallel.balance.stages.activations import ALL_KEPT, Activations
 from bagualu.parallel.balance.stages.choose import CUT_GAIN, choose_split, take_split
 from bagualu.parallel.balance.stages.cost import CostTable, LayerCost, joined
 from bagualu.parallel.balance.stages.forecast import Split, by_rank, forecast_split
-from bagualu.parallel.balance.stages.partition import GaveUp
+from bagualu.parallel.balance.stages.partition import GaveUp, solve
 from bagualu.parallel.balance.stages.problem import Problem
 from bagualu.parallel.balance.stages.rebalance_policy import Watch
 from bagualu.parallel.balance.stages.refine import TOLERANCE
@@ -196,3 +196,13 @@ def test_ranks_of_a_v_may_hold_both_halves_of_the_layer_at_its_turn() -> None:
     problem = Problem(table, schedule, [1.0, 1.0], None, halves=True)
     costs = [problem.cost(rank, mine) for rank, mine in enumerate(by_rank(problem, problem.pieces(slices)))]
     assert [cost.seconds for cost in costs if cost] == [6.0, 12.0]
+
+
+def test_layers_that_recompute_keep_one_input_each_so_that_as_many_fit_as_without_cuts() -> None:
+    """Two layers of a rank keep 8 bytes each of 4 micro-batches and, while they go back, what they compute again."""
+    table, schedule = table_of(4, 1.0, 1.0, 0.0, activation=10, kept=8), compute_schedule("gpipe", 2, 4)
+    whole = Problem(table, schedule, [1.0, 1.0], [76, 76], Activations(("full",) * 4))
+    assert [whole.memory(rank, ((2 * rank, 2 * rank + 2),)) for rank in range(2)] == [76, 76]
+    found = solve(whole.with_halves())
+    assert found is not None
+    assert found.pieces == [(0, 4), (4, 8)]
