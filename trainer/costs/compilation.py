@@ -32,7 +32,9 @@ def choose_compile(recipe: Recipe, workers: int, world: int, before: bool | None
     process for each rank: on GPUs they have not been measured. Without a C++ compiler it is false, and so is true.
     """
     given = recipe.train.compile
-    if given is False or recipe.comm.backend == "simulated":
+    if given is not True and given != CHOSEN:  # false, or what the check of the recipe refuses
+        return recipe, ""
+    if recipe.comm.backend == "simulated":
         return (_with(recipe, False), "") if given == CHOSEN else (recipe, "")
     if recipe.comm.on_cpu and cpp_compiler() is None:
         why = "train.compile=false from now on, since there is no C++ compiler (install g++, or name one in the variable CXX)"

@@ -49,8 +49,8 @@ def test_threads_of_one_process_and_gpus_do_not(backend: str, compiles: bool) ->
 
 
 def test_what_the_recipe_says_stays() -> None:
-    for given in (True, False):
-        recipe = auto(1 if given else LONG, train__compile=given)
+    for given in (True, False, "maybe"):
+        recipe = auto(1 if given is True else LONG, train__compile=given)
         assert choose_compile(recipe, 1, 1) == (recipe, "")
 
 
