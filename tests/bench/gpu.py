@@ -74,7 +74,7 @@ def compare(steps: Steps, rounds: int, count: int) -> list[dict[str, Any]]:
 
 
 def kernels(steps: Steps) -> list[dict[str, Any]]:
-    """Of one step, those that take longest."""
+    """Returns the kernels of one step that take longest."""
     torch.use_deterministic_algorithms(True)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
         steps.seconds(1)

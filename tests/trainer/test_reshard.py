@@ -47,7 +47,7 @@ def recipe_for(folder: Path, model: dict[str, object], layout: Layout, micro_bat
 
 
 def hashes(pieces: list) -> dict[str, str]:  # type: ignore[type-arg]
-    """Of the whole tensors, weights and moments, that all ranks' pieces make up."""
+    """Returns the hash of each whole tensor (weight or moment), put together from the pieces of all ranks."""
     return {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in gather(pieces).items()}
 
 

@@ -5,7 +5,7 @@ recorded is kept when it resumes, so that it goes on bit by bit.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,12 +68,8 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
     chosen, remarks = kept(recorded, recipe.operators, chip, product)
     if dropped:
         remarks.append(f"train.compile=false: {', '.join(dropped)} are not generated kernels any more, as they were so far")
-    for operator in generated_of(recipe.operators) if compiles else ():
-        was = before.get(operator)
-        if was is None or was.why != GIVEN:
-            chosen[operator] = Chosen(GENERATED, COMPILED)
-        if was is not None and chosen[operator].variant != was.variant:
-            remarks.append(f"operators.{operator}={GENERATED}, by train.compile=true; so far the run had {was.variant}")
+    if compiles:
+        remarks += _compile(chosen, before, recipe.operators)
     micro_batches = recipe.micro_batches() / recipe.validate(communicator.size).data
     cases = list(cases_of(work_of(recipe, recipe.validate(communicator.size))))
     for operator in DEFAULT_VARIANTS:
@@ -91,6 +87,20 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
             chosen[operator] = by_rule(usual)
     kept_on = recorded.chip if recorded is not None else product
     return ChosenOperators(kept_on, {operator: chosen[operator] for operator in DEFAULT_VARIANTS}), remarks
+
+
+def _compile(chosen: dict[str, Chosen], before: Mapping[str, Chosen], given: OperatorsConfig) -> list[str]:
+    """Changes `chosen` to generated kernels where the recipe names no variant, now or when the run began; returns what is to be
+    said about that. `before`: what the run has recorded."""
+    remarks = []
+    for operator in generated_of(given):
+        was = before.get(operator)
+        if was is not None and was.why == GIVEN:
+            continue
+        chosen[operator] = Chosen(GENERATED, COMPILED)
+        if was is not None and was.variant != GENERATED:
+            remarks.append(f"operators.{operator}={GENERATED}, by train.compile=true; so far the run had {was.variant}")
+    return remarks
 
 
 def _usual(case: OperatorCalls, chip: str) -> str:

@@ -61,16 +61,9 @@ class AttentionTiles:
         computes = fits and tiles_compute(in_bfloat16, width, length, window, slopes is not None)
         return computes and self._kernels is not None
 
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        slopes: torch.Tensor | None = None,
-        window: int | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Returns the output [B, A, S, D], in memory as [B, S, A, D]; key and value [B, G, S, D]."""
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Returns the output [B, A, S, D], in memory as [B, S, A, D]; key and value [B, G, S, D]. The other arguments change
+        nothing where `takes` is true."""
         mixed: torch.Tensor = _InTiles.apply(query, key, value)
         return mixed
 

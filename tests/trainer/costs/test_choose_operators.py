@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def recipe_in(folder: Path, **changes: object) -> Recipe:
-    """Of which attention takes much of a step."""
+    """Returns a recipe whose attention takes long enough to be measured."""
     large: dict[str, object] = {
         "run__dir": str(folder / "run"), "data__cache": str(folder / "cache"), "comm__backend": "gloo", "data__global_batch": 32,
         "data__sequence_length": 512, "model__hidden": 128, "train__dtype": "float32",

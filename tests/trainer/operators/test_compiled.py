@@ -1,4 +1,4 @@
-"""A source is compiled once on a machine, whoever asks first, and what goes wrong is one line."""
+"""The processes of a machine compile a source once, whichever needs it first. Each error is reported in one line."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

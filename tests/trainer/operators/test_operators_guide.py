@@ -23,7 +23,7 @@ def block(language: str) -> str:
 
 
 def install(folder: Path) -> None:
-    """As `pip install` of the guide's package would."""
+    """Installs the package of the guide in `folder`, with the files that pip would write."""
     about = folder / "pulsar-1.0.dist-info"
     about.mkdir()
     (folder / "pulsar.py").write_text(block("python"))

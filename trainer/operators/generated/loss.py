@@ -10,7 +10,8 @@ from bagualu.trainer.operators.kernel import fails, kernel_with_sums
 def loss_and_gradient(
     logits: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, group: Group | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the results of `parallel.vocabulary.loss_and_gradient`, for a vocabulary of which one rank has all rows."""
+    """Returns the loss and the gradient that `parallel.vocabulary.loss_and_gradient` returns, where one rank holds the whole
+    vocabulary."""
     return _loss_and_gradient(logits, target, counts)  # type: ignore[no-any-return]
 
 

@@ -75,7 +75,7 @@ def test_what_is_best_already_stays() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_moves_nothing(seed: int) -> None:
-    """As much as the threshold, up or down, on every rank in every window."""
+    """In every window, the speed of each rank differs by up to the threshold, in either direction."""
     cluster = Cluster(4, noise=0.05, seed=seed)
     assert all(cluster.window([1.0] * 4) is None for _ in range(80))
 
