@@ -58,6 +58,7 @@ class Hub:
         self._waiting: dict[int, Call] = {}
         self._running = set(range(size))
         self._failure: str | None = None
+        self.first_error: BaseException | None = None
 
     @property
     def failed(self) -> bool:
@@ -108,7 +109,7 @@ class Hub:
         with self._lock:
             self._running.discard(rank)
             if error is not None and self._failure is None:
-                self._failure = f"rank {rank} failed: {type(error).__name__}: {error}"
+                self._failure, self.first_error = f"rank {rank} failed: {type(error).__name__}: {error}", error
             with contextlib.suppress(CommunicationError):  # the waiting ranks raise the recorded failure
                 self._find_deadlock()
             if self._failure is not None:
@@ -135,9 +136,9 @@ class Hub:
             self._fail("deadlock, every running rank waits for another: " + "; ".join(sorted(lines)))
 
     def _fail(self, message: str) -> None:
-        self._failure = message
+        self._failure, self.first_error = message, CommunicationError(message)
         self._wake_all()
-        raise CommunicationError(message)
+        raise self.first_error
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -332,7 +333,7 @@ def run(
         worker.start()
     _join(workers, hub, hung)
     if errors:
-        rank, error = min(errors, key=lambda item: isinstance(item[1], CommunicationError))
+        rank, error = min(errors, key=lambda item: (isinstance(item[1], CommunicationError), item[1] is not hub.first_error))
         error.add_note(f"on simulated rank {rank} of {size}")
         raise error
     return [results[rank] for rank in range(size)]

@@ -39,6 +39,23 @@ def test_a_rank_that_never_comes_does_not_keep_the_others_nor_the_caller() -> No
     assert told[1] == "rank 1 stands still"
 
 
+def test_the_error_that_came_first_is_raised_though_its_thread_ends_last() -> None:
+    def rank_main(communicator: Communicator) -> None:
+        if communicator.rank == 1:
+            while not communicator.given_up():
+                time.sleep(0.001)
+            raise CommunicationError("a consequence")
+        try:
+            communicator.world.barrier()
+        except CommunicationError:
+            gone.wait()
+            raise
+
+    gone, before = threading.Event(), threading.active_count()
+    with pytest.raises(CommunicationError, match="has waited 0.05 s for ranks \\[1\\]"):
+        simulated.run(2, rank_main, timeout_seconds=0.05, hung=lambda: gone.set() if threading.active_count() < before + 2 else None)
+
+
 class Busy:
     """In place of a rank's thread: it goes on until `clock` is at the time `until`; waiting for it moves that clock."""
 
