@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={f"bagualu.{folder}": folder for folder in FOLDERS},
-    package_data={"": ["py.typed", "*.yaml", "*/*.yaml", "*.sh", "*.cpp"]},
+    package_data={"": ["py.typed", "*.yaml", "*/*.yaml", "*.sh", "*.cpp", "*.h"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

@@ -18,6 +18,7 @@ from bagualu.comm.group import Group
 from bagualu.parallel.config import HEAD_CHUNK_TOKENS
 from bagualu.parallel.data.reducer import gradient_sink
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
+from bagualu.parallel.products import Products, torch_products
 
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Group | None], tuple[torch.Tensor, torch.Tensor]]
 """Has the arguments and results of `loss_and_gradient`."""
@@ -73,16 +74,19 @@ def linear_cross_entropy(
     vocabulary: int,
     group: Group | None = None,
     chunk_loss: ChunkLoss | None = None,
+    products: Products = torch_products,
 ) -> torch.Tensor:
     """Returns the sum over tokens of -log softmax(x @ weight.T)[label], a scalar in at least float32.
 
     x [N, H] is the same on every rank of `group`. weight [V, H] is this rank's rows. labels [N] are IGNORED for tokens that add
     nothing to the loss. `vocabulary` is the number of real rows over all ranks; the rows after them are padding and not part of the
     softmax. The gradient of the loss with respect to x is only this rank's part; the whole gradient is the sum over the group (see
-    `enter` in tensor.py). `chunk_loss` takes the place of `loss_and_gradient`.
+    `enter` in tensor.py). `chunk_loss` takes the place of `loss_and_gradient`. `products` computes the matrix products.
     """
     chunk_loss = chunk_loss or loss_and_gradient
-    loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, labels, vocabulary, group, chunk_loss, torch.is_grad_enabled())
+    loss: torch.Tensor = _LinearCrossEntropy.apply(
+        x, weight, labels, vocabulary, group, chunk_loss, products, torch.is_grad_enabled()
+    )
     return loss
 
 
@@ -96,6 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocabulary: int,
         group: Group | None,
         chunk_loss: ChunkLoss,
+        products: Products,
         differentiate: bool,
     ) -> torch.Tensor:
         start = group.rank * weight.shape[0] if group else 0
@@ -111,12 +116,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, max(1, x.shape[0]), HEAD_CHUNK_TOKENS):
             tokens = slice(begin, begin + HEAD_CHUNK_TOKENS)
             chunk = x[tokens].to(rows.dtype)
-            loss, grad_logits = chunk_loss(chunk @ rows.T, labels[tokens] - start, labels[tokens] != IGNORED, group)
+            loss, grad_logits = chunk_loss(products.outputs(chunk, rows), labels[tokens] - start, labels[tokens] != IGNORED, group)
             total += loss
             if grad_x is not None:
-                torch.mm(grad_logits, rows, out=grad_x[tokens])
+                products.plus_input_gradient(None, grad_logits, rows, into=grad_x[tokens])
                 if ctx.needs_input_grad[1]:
-                    grad_rows = _plus_product(grad_rows, grad_logits.T, chunk)
+                    grad_rows = _plus_product(products, grad_rows, grad_logits, chunk)
             del grad_logits  # those of the next chunk need the memory
         if grad_x is not None:
             padding = weight.shape[0] - valid
@@ -129,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0]  # kept as a scalar, which does not widen the products; rounding it to 16 bits would bias all of them
-        rest: tuple[torch.Tensor | None, ...] = (None,) * 5
+        rest: tuple[torch.Tensor | None, ...] = (None,) * 6
         if grad_weight is None:
             return grad_x * scale, None, *rest
         if ctx.sink is not None:
@@ -138,13 +143,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x * scale, grad_weight.to(scale.dtype) * scale, *rest
 
 
-def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Returns total + left @ right, in place if possible. If total is None, the product keeps its dtype; a sum is in at least
-    float32."""
+def _plus_product(products: Products, total: torch.Tensor | None, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Returns total + columns.T @ rows, in place if possible. If total is None, the product keeps its dtype, which takes less
+    memory if it is the only one; a sum is in at least float32."""
     if total is None:
-        return left @ right
+        return columns.T @ rows
     total = total.to(accurate_dtype(total.dtype))
-    return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)
+    products.add_weight_gradient(total, columns, rows, fresh=False)
+    return total
 
 
 def loss_and_gradient(

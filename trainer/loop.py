@@ -12,10 +12,10 @@ from bagualu.comm.monitor import Phase
 from bagualu.fault_tolerance.checkpoint.layout.format import step_of
 from bagualu.fault_tolerance.guard.verdict import GuardAction
 from bagualu.fault_tolerance.straggler import Stragglers
+from bagualu.parallel import product_shapes as shapes
 from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.data.ahead import waiting
 from bagualu.trainer.evaluate import Validation, validate
-from bagualu.trainer.operators import shapes
 from bagualu.trainer.output.metric_writers import Sink
 from bagualu.trainer.output.pipeline_timeline import PipelineRecorder
 from bagualu.trainer.process.failure import GuardError
@@ -57,7 +57,7 @@ class Loop:
     _data_seconds: float = 0.0
     """The part of `_busy_seconds` in which rank 0 waited for samples."""
     _shapes: int = field(default_factory=shapes.met)
-    """The number of shapes of products that this process had met before the latest step (operators/shapes.py)."""
+    """The number of shapes of products that this process had met before the latest step (parallel/product_shapes.py)."""
     _new_shapes: int = 0
     """How many the latest step met for the first time."""
     _steps_done: int = 0

@@ -14,7 +14,8 @@ from bagualu.comm.backend import Work
 from bagualu.comm.monitor import Phase
 from bagualu.parallel.data.bucket import Bucket, Entry, crosses_two_groups
 from bagualu.parallel.mesh import Mesh
-from bagualu.parallel.precision import linear_products, on_nvidia
+from bagualu.parallel.precision import linear_products
+from bagualu.parallel.products import Products
 
 _MOST_IN_FLIGHT = 2
 """The number of reductions under ZeRO-2 that may be in progress at the same time."""
@@ -238,10 +239,10 @@ class GradientSink:
         self.add(parameter.grad)
         parameter.grad = None
 
-    def add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
-        """Adds left @ right, the gradient of a matrix [O, I]; for E matrices [E, O, I], adds a product to each. Where possible, the
-        products are neither rounded nor copied."""
-        self._run_or_defer(partial(self._add_products, lefts, rights))
+    def add_products(self, products: Products, columns: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
+        """Adds columns.T @ rows, the gradient of a matrix [O, I], given columns [N, O] and rows [N, I]; for E matrices [E, O, I],
+        adds a product to each."""
+        self._run_or_defer(partial(self._add_products, products, columns, rows))
 
     def add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
         """Adds rows [N, H] to the rows `indices` [N] of the gradient of a matrix [V, H]."""
@@ -280,21 +281,11 @@ class GradientSink:
         else:
             self.reducer.put_off.append(run)
 
-    def _add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
+    def _add_products(self, products: Products, columns: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
         views = self.view.unsqueeze(0) if self.view.ndim == 2 else self.view
         with linear_products(self.view):
-            for view, left, right in zip(views, lefts, rights, strict=True):
-                self._add_product(view, left, right)
-
-    def _add_product(self, view: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        if left.dtype == view.dtype:
-            torch.addmm(view, left, right, beta=0 if self.fresh else 1, out=view)
-        elif on_nvidia(view):  # its matrix product can return the float32 sums before they are rounded
-            torch.addmm(view, left, right, out_dtype=view.dtype, beta=0 if self.fresh else 1, out=view)
-        elif self.fresh:
-            view.copy_(left @ right)
-        else:
-            view.add_(left @ right)
+            for view, of_outputs, of_inputs in zip(views, columns, rows, strict=True):
+                products.add_weight_gradient(view, of_outputs, of_inputs, self.fresh)
 
     def _add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
         if self.fresh:

@@ -52,8 +52,8 @@ def test_the_error_that_came_first_is_raised_though_its_thread_ends_last() -> No
             raise
 
     gone, before = threading.Event(), threading.active_count()
-    with pytest.raises(CommunicationError, match="has waited 0.05 s for ranks \\[1\\]"):
-        simulated.run(2, rank_main, timeout_seconds=0.05, hung=lambda: gone.set() if threading.active_count() < before + 2 else None)
+    with pytest.raises(CommunicationError, match=r"has waited 0.05 s for ranks \[1\]"):
+        simulated.run(2, rank_main, 0.05, hung=lambda: gone.set() if threading.active_count() < before + 2 else None)
 
 
 class Busy:

@@ -19,12 +19,12 @@ from bagualu.fault_tolerance.checkpoint.reading.inspect import describe, verify
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH, Fence
 from bagualu.fault_tolerance.ledger.events import read
 from bagualu.parallel import precision
+from bagualu.parallel import product_shapes as shapes
 from bagualu.parallel.config import ParallelConfig
 from bagualu.trainer import loop
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import TrainerState
 from bagualu.trainer.models.decoder import initialise
-from bagualu.trainer.operators import shapes
 from bagualu.trainer.process.failure import GuardError
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recovery.saving import take_checkpoints

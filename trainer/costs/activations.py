@@ -241,12 +241,12 @@ def _feed_forward(work: ModelWork, rows: int, ffn: int) -> _Block:
     operand = rows * ffn * product * (gated or work.widens)
     factors = operand + rows * ffn * (product + 2 * item * gated + item * work.widens)
     matrices = 3 if gated else 2
-    before = rows * (ffn * (product - item) + 2 * hidden * product) + (matrices - 1) * widened  # in the products before
+    before = rows * (ffn * (product - item) + 2 * hidden * product) + widened  # in the products before
     first = before if work.widens else 0
     return _Block(
         kept=rows * (hidden + matrices * ffn) * item,
         operands=rows * (2 * hidden + matrices * ffn) * product,
-        last=columns + max(operand + added, factors) + widened,
+        last=columns + max(operand + added, operand + rows * ffn * product + widened, factors),
         work=first,
     )
 

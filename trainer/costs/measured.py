@@ -26,6 +26,7 @@ from bagualu.parallel.expert import LocalExperts, Routed
 from bagualu.parallel.pipeline.backward import backward
 from bagualu.parallel.pipeline.layer_slice import IN_ORDER, LayerPart
 from bagualu.parallel.precision import accurate_dtype, chip_of
+from bagualu.parallel.products import Products
 from bagualu.trainer.costs.analytic import end_bytes, layer_bytes, output_bytes
 from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.costs.throughput import synchronize
@@ -150,9 +151,9 @@ class _Shelf:
 class _Sink(GradientSink):
     """A gradient sink that also records the operands of the work that it defers."""
 
-    def add_products(self, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> None:
-        self.reducer.record(*lefts, *rights)  # type: ignore[attr-defined]
-        super().add_products(lefts, rights)
+    def add_products(self, products: Products, columns: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
+        self.reducer.record(*columns, *rows)  # type: ignore[attr-defined]
+        super().add_products(products, columns, rows)
 
     def add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
         self.reducer.record(rows, indices)  # type: ignore[attr-defined]

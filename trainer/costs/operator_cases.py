@@ -1,16 +1,17 @@
 """The calls of operators in a step of a run, to be measured by the variants of each.
 
 Shapes: B micro-batch, S sequence, H hidden, A query heads, G key heads, D head width, F feed-forward width, V vocabulary, all of a
-rank.
+rank; N rows, I input width, O output width of a linear layer.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from bagualu.parallel.config import HEAD_CHUNK_TOKENS
+from bagualu.parallel.config import EXPERT_ROWS_MULTIPLE, HEAD_CHUNK_TOKENS
 from bagualu.parallel.precision import accurate_dtype
 from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.flops import attention_flops
@@ -53,11 +54,25 @@ class RowsShape:
 
 
 @dataclass(frozen=True)
+class LinearShape:
+    """A linear layer [O, I] of rows [N, I]."""
+
+    rows: int
+    inputs: int
+    outputs: int
+
+    @property
+    def flops(self) -> int:
+        """Returns the operations of its forward and backward pass."""
+        return 6 * self.rows * self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
 class OperatorCalls:
     """Calls of `operator` that are alike, in a step."""
 
     operator: str
-    shape: AttentionShape | RowsShape
+    shape: AttentionShape | RowsShape | LinearShape
     dtype: str
     calls: int
     """How many there are for each micro-batch, in all layers."""
@@ -106,6 +121,30 @@ def cases_of(work: ModelWork) -> Iterator[OperatorCalls]:
         yield rows("gate", tokens * model.moe.top_k, model.moe.ffn // tensor, mixtures)
     chunk = min(tokens, HEAD_CHUNK_TOKENS)
     yield replace(rows("loss", chunk, model.padded_vocab // tensor, -(-tokens // chunk)), dtype=multiplied)
+    for linear, calls in _linear_shapes(work).items():
+        yield OperatorCalls("linear", linear, multiplied, calls, linear.flops / _FLOPS_PER_SECOND)
+
+
+def _linear_shapes(work: ModelWork) -> Counter[LinearShape]:
+    """Returns how many linear layers of each shape a micro-batch passes. Experts get rows under an even load."""
+    model, tensor, tokens = work.model, work.layout.tensor, work.tokens
+    hidden, chunk = model.hidden, min(tokens, HEAD_CHUNK_TOKENS)
+    wide, narrow = (width * model.head_width // tensor for width in (model.heads, model.key_value_heads))
+    matrices = 1 + model.gated  # of a feed-forward, with its input; another has its output
+    shapes = Counter({LinearShape(chunk, hidden, model.padded_vocab // tensor): -(-tokens // chunk)})
+    for layer in range(model.layers):
+        attention = {(hidden, wide): 1, (hidden, narrow): 2, (wide, hidden): 1}
+        for (inputs, outputs), calls in attention.items():
+            shapes[LinearShape(tokens, inputs, outputs)] += calls
+        if model.is_moe_layer(layer):
+            moe = model.moe
+            rows, ffn, calls = -(-tokens * moe.top_k // moe.experts), moe.ffn // tensor, moe.experts
+            rows = -(-rows // EXPERT_ROWS_MULTIPLE) * EXPERT_ROWS_MULTIPLE
+        else:
+            rows, ffn, calls = tokens, model.ffn // tensor, 1
+        shapes[LinearShape(rows, hidden, ffn)] += matrices * calls
+        shapes[LinearShape(rows, ffn, hidden)] += calls
+    return shapes
 
 
 def _attention(shape: AttentionShape, dtype: torch.dtype, device: torch.device, draw: torch.Generator) -> PreparedCall:
@@ -157,10 +196,25 @@ def _loss(shape: RowsShape, dtype: torch.dtype, device: torch.device, draw: torc
     return PreparedCall(lambda variant: variant(logits, target, counts, None)[0], [])
 
 
+def _linear(shape: LinearShape, dtype: torch.dtype, device: torch.device, draw: torch.Generator) -> PreparedCall:
+    rows = torch.randn(shape.rows, shape.inputs, dtype=dtype, device=device, generator=draw)
+    weight = torch.randn(shape.outputs, shape.inputs, dtype=dtype, device=device, generator=draw)
+    gradient = torch.zeros(weight.shape, dtype=accurate_dtype(dtype), device=device)
+
+    def run(products: Any) -> torch.Tensor:
+        columns: torch.Tensor = products.outputs(rows, weight)
+        products.plus_input_gradient(None, columns, weight)
+        products.add_weight_gradient(gradient, columns, rows, fresh=False)
+        return columns
+
+    return PreparedCall(run, [])
+
+
 _PREPARE: dict[str, Callable[..., PreparedCall]] = {
     "attention": _attention,
     "norm": _norm,
     "rotary": _rotary,
     "gate": _gate,
     "loss": _loss,
+    "linear": _linear,
 }

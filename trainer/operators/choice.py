@@ -11,7 +11,7 @@ from typing import Any
 from bagualu.trainer.operators.config import OperatorsConfig
 from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, GENERATED, variants
 
-ALIKE = 0.05
+ALIKE = 0.02
 """The usual variant is kept unless another takes less time than it by more than this fraction."""
 GIVEN, COMPILED, MEASURED, USUAL = "given", "compiled", "measured", "usual"
 

@@ -3,7 +3,7 @@
     CACHE/compiled/NAME-KEY.so      appears by a rename once it is whole
     CACHE/compiled/NAME-KEY.lock    held while compiling; the other processes of the machine wait, then load
 
-CACHE is the default folder of caches. KEY is a hash of the source, the options and torch's version.
+CACHE is the default folder of caches. KEY is a hash of the source, the headers beside it, the options and torch's version.
 """
 
 import ctypes
@@ -53,7 +53,8 @@ def load_compiled(source: Path, options: Sequence[str]) -> ctypes.CDLL:
 
 
 def _library(source: Path, options: Sequence[str]) -> Path:
-    depends_on = "\0".join((source.read_text(encoding="utf-8"), *_OPTIONS, *options, torch.__version__, *platform.libc_ver()))
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    depends_on = "\0".join((*texts, *_OPTIONS, *options, torch.__version__, *platform.libc_ver()))
     key = hashlib.blake2b(depends_on.encode(), digest_size=12).hexdigest()
     return default_cache() / "compiled" / f"{source.stem}-{key}.so"
 

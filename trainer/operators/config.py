@@ -12,7 +12,7 @@ _GENERATED = ("norm", "rotary", "gate", "loss")
 class OperatorsConfig:
     """`operators.*`: by which of its registered variants each operator of the model is computed; auto: the one that suits the chip
     and the shapes. A value that is unknown is refused with the variants that there are. A variant does not compute every shape;
-    eager, or attention's kernel, takes its place where it does not."""
+    the default (eager, attention's kernel, torch) takes its place where it does not."""
 
     norm: str = AUTO
     """RMS and layer normalisation: auto | eager | generated: by a kernel that torch's compiler generates | any name registered
@@ -26,6 +26,10 @@ class OperatorsConfig:
     a kernel in C++ | any registered name."""
     loss: str = AUTO
     """The cross-entropy of a chunk of tokens and its gradient, given logits: auto | eager | generated | any registered name."""
+
+    linear: str = AUTO
+    """The matrix products of linear layers, experts and the head: auto | torch: its own | tiles: on a CPU with AVX512-BF16, kernels
+    in C++ | any registered name."""
 
     def as_dict(self) -> dict[str, str]:
         """Returns the variants by operator."""

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from bagualu.parallel.data.reducer import GradientSink, gradient_sink
 from bagualu.parallel.precision import accurate_dtype, linear_products, multiply_dtype, on_nvidia
+from bagualu.parallel.products import Products, torch_products
 from bagualu.trainer.operators.packed import multiply_packed
-from bagualu.trainer.operators.shapes import meet
 
 _GROUPED_MULTIPLE = 8
 """The kernel for several experts needs rows of a multiple of this many elements: 16 bytes of bfloat16."""
@@ -30,22 +30,24 @@ def linears(
     factor: torch.Tensor | None = None,
     wide: bool = False,
     dtype: torch.dtype | None = None,
+    products: Products = torch_products,
 ) -> tuple[torch.Tensor, ...]:
     """Multiplies x [..., I] by each weight [O, I], and adds its bias [O] if it has one; returns an output [..., O] for each, in the
     weights' dtype. `biases`: one for each weight, or none at all.
 
     With `factor`, of x's shape, the input is x * factor, a product that is computed again in the backward pass instead of saved.
     `dtype` is that of the multiplication, by default `multiply_dtype`. With `wide`, outputs stay in that dtype, for callers that
-    continue to compute in it. Without gradients, weights may be packed (packed.py).
+    continue to compute in it. Without gradients, weights may be packed (packed.py). `products` computes the matrix products.
     """
     dtype = dtype or multiply_dtype(weights[0])
     if not torch.is_grad_enabled():  # a function of autograd takes as long as a small product
-        return _outputs(wide, dtype, x, factor, weights, biases)
-    outputs: tuple[torch.Tensor, ...] = _Linears.apply(wide, dtype, len(weights), x, factor, *weights, *biases)
+        return _outputs(products, wide, dtype, x, factor, weights, biases)
+    outputs: tuple[torch.Tensor, ...] = _Linears.apply(products, wide, dtype, len(weights), x, factor, *weights, *biases)
     return outputs
 
 
 def _outputs(
+    products: Products,
     wide: bool,
     dtype: torch.dtype,
     x: torch.Tensor,
@@ -58,11 +60,7 @@ def _outputs(
     with linear_products(x):
         for weight, bias in zip(weights, biases or (None,) * len(weights), strict=True):
             added = None if bias is None else bias.to(dtype)
-            if weight.is_mkldnn:
-                output = multiply_packed(rows, weight, added)
-            else:
-                meet(rows.numel() // rows.shape[-1], weight)
-                output = F.linear(rows, weight.to(dtype), added)
+            output = multiply_packed(rows, weight, added) if weight.is_mkldnn else products.outputs(rows, weight, added)
             outputs.append(output.to(dtype if wide else weight.dtype))
     return tuple(outputs)
 
@@ -70,33 +68,39 @@ def _outputs(
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, wide: bool, dtype: torch.dtype, count: int, x: torch.Tensor, factor: torch.Tensor | None, *given: torch.Tensor
+        ctx: Any,
+        products: Products,
+        wide: bool,
+        dtype: torch.dtype,
+        count: int,
+        x: torch.Tensor,
+        factor: torch.Tensor | None,
+        *given: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         weights, biases = given[:count], given[count:]
         ctx.save_for_backward(x, factor, *weights)
-        ctx.dtype, ctx.sinks = dtype, [gradient_sink(weight) for weight in weights]
-        return _outputs(wide, dtype, x, factor, weights, biases)
+        ctx.products, ctx.dtype, ctx.sinks = products, dtype, [gradient_sink(weight) for weight in weights]
+        return _outputs(products, wide, dtype, x, factor, weights, biases)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, factor, *weights = ctx.saved_tensors
-        dtype = ctx.dtype
+        products, dtype = ctx.products, ctx.dtype
         rows = _times(x, factor).reshape(-1, x.shape[-1]).to(dtype)
         grad_rows: torch.Tensor | None = None
-        needed, count = ctx.needs_input_grad[5:], len(weights)
+        needed, count = ctx.needs_input_grad[6:], len(weights)
         grad_weights: list[torch.Tensor | None] = []
         grad_biases: list[torch.Tensor | None] = [None] * (len(needed) - count)
         with linear_products(x):
             for index, (grad, weight, sink) in enumerate(zip(grads, weights, ctx.sinks, strict=True)):
                 columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
-                grad_weights.append(_weight_gradient(sink, weight, [columns.T], [rows]) if needed[index] else None)
+                grad_weights.append(_weight_gradient(products, sink, weight, [columns], [rows]) if needed[index] else None)
                 if grad_biases and needed[count + index]:
                     grad_biases[index] = _sum_of_rows(columns)
-                if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-                    widened = weight.to(dtype)
-                    grad_rows = columns @ widened if grad_rows is None else grad_rows.addmm_(columns, widened)
+                if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+                    grad_rows = products.plus_input_gradient(grad_rows, columns, weight)
         grad_input = None if grad_rows is None else grad_rows.to(x.dtype).view_as(x)
-        return None, None, None, *_of_factors(grad_input, x, factor), *grad_weights, *grad_biases
+        return None, None, None, None, *_of_factors(grad_input, x, factor), *grad_weights, *grad_biases
 
 
 def plus_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -135,18 +139,22 @@ def _of_factors(
 
 
 def grouped_linears(
-    x: torch.Tensor, counts: list[int], *weights: torch.Tensor, factor: torch.Tensor | None = None
+    x: torch.Tensor,
+    counts: list[int],
+    *weights: torch.Tensor,
+    factor: torch.Tensor | None = None,
+    products: Products = torch_products,
 ) -> tuple[torch.Tensor, ...]:
     """Multiplies rows x [N, I], of which consecutive counts[e] belong to expert e, by each weight [E, O, I]; returns an output [N,
-    O] for each weight, in x's dtype. `factor` as in `linears`."""
+    O] for each weight, in x's dtype. `factor` and `products` as in `linears`."""
     if not torch.is_grad_enabled():
-        return _grouped_outputs(x, factor, counts, weights)[0]
-    outputs: tuple[torch.Tensor, ...] = _GroupedLinears.apply(x, factor, counts, *weights)
+        return _grouped_outputs(products, x, factor, counts, weights)[0]
+    outputs: tuple[torch.Tensor, ...] = _GroupedLinears.apply(products, x, factor, counts, *weights)
     return outputs
 
 
 def _grouped_outputs(
-    x: torch.Tensor, factor: torch.Tensor | None, counts: list[int], weights: Sequence[torch.Tensor]
+    products: Products, x: torch.Tensor, factor: torch.Tensor | None, counts: list[int], weights: Sequence[torch.Tensor]
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
     """Returns the result of `grouped_linears`, and the number of the row after those of each expert [E], if one kernel multiplies
     all."""
@@ -161,19 +169,18 @@ def _grouped_outputs(
     with linear_products(x):
         for output, weight in zip(outputs, weights, strict=True):
             for part, out, expert in zip(parts, output.split(counts), weight, strict=True):
-                meet(part.shape[0], expert)
-                torch.mm(part, expert.T.to(dtype), out=out)
+                products.outputs(part, expert, into=out)
     return tuple(output.to(x.dtype) for output in outputs), None
 
 
 class _GroupedLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, factor: torch.Tensor | None, counts: list[int], *weights: torch.Tensor
+        ctx: Any, products: Products, x: torch.Tensor, factor: torch.Tensor | None, counts: list[int], *weights: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(x, factor, *weights)
-        ctx.counts, ctx.sinks = counts, [gradient_sink(weight) for weight in weights]
-        outputs, ctx.ends = _grouped_outputs(x, factor, counts, weights)
+        ctx.products, ctx.counts, ctx.sinks = products, counts, [gradient_sink(weight) for weight in weights]
+        outputs, ctx.ends = _grouped_outputs(products, x, factor, counts, weights)
         return outputs
 
     @staticmethod
@@ -181,7 +188,7 @@ class _GroupedLinears(torch.autograd.Function):
         x, factor, *weights = ctx.saved_tensors
         with linear_products(x):
             by_experts = _grouped_backward if ctx.ends is not None else _separate_backward
-            return by_experts(ctx, x, factor, weights, grads)
+            return None, *by_experts(ctx, x, factor, weights, grads)
 
 
 def _in_one_kernel(x: torch.Tensor, *weights: torch.Tensor) -> bool:
@@ -197,11 +204,11 @@ def _separate_backward(
     grad_input = torch.zeros_like(x, dtype=dtype)
     rows, into = _times(x, factor).to(dtype).split(ctx.counts), grad_input.split(ctx.counts)
     grad_weights = []
-    for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[3:], strict=True):
+    for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[4:], strict=True):
         columns = grad.to(dtype).split(ctx.counts)
         for grad_rows, column, expert in zip(into, columns, weight, strict=True):
-            grad_rows.addmm_(column, expert.to(dtype))
-        grad_weights.append(_weight_gradient(sink, weight, [column.T for column in columns], rows) if trained else None)
+            ctx.products.plus_input_gradient(grad_rows, column, expert)
+        grad_weights.append(_weight_gradient(ctx.products, sink, weight, columns, rows) if trained else None)
     return *_of_factors(grad_input.to(x.dtype), x, factor), None, *grad_weights
 
 
@@ -211,7 +218,7 @@ def _grouped_backward(
     rows, ends = _times(x, factor), ctx.ends
     grad_input: torch.Tensor | None = None
     grad_weights: list[torch.Tensor | None] = []
-    for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[3:], strict=True):
+    for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[4:], strict=True):
         columns = grad.contiguous()
         through = F.grouped_mm(columns, weight, offs=ends)
         grad_input = through if grad_input is None else grad_input.add_(through)
@@ -231,12 +238,18 @@ def _experts_gradient(columns: torch.Tensor, rows: torch.Tensor, ends: torch.Ten
 
 
 def _weight_gradient(
-    sink: GradientSink | None, weight: torch.Tensor, lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]
+    products: Products,
+    sink: GradientSink | None,
+    weight: torch.Tensor,
+    columns: Sequence[torch.Tensor],
+    rows: Sequence[torch.Tensor],
 ) -> torch.Tensor | None:
-    """Returns the gradient of the loss with respect to `weight`: the product left @ right, for a weight with several experts
-    stacked over experts. With a `sink`, passes `lefts` and `rights` to it and returns None."""
+    """Returns the gradient of the loss with respect to `weight`, of at least float32: columns.T @ rows, for a weight with several
+    experts stacked over experts. With a `sink`, passes both to it and returns None."""
     if sink is not None:
-        sink.add_products(lefts, rights)
+        sink.add_products(products, columns, rows)
         return None
-    products = [(left @ right).to(accurate_dtype(weight.dtype)) for left, right in zip(lefts, rights, strict=True)]
-    return torch.stack(products).view(weight.shape)
+    total = weight.new_empty(weight.shape, dtype=accurate_dtype(weight.dtype))
+    for part, of_outputs, of_inputs in zip(total.unsqueeze(0) if total.ndim == 2 else total, columns, rows, strict=True):
+        products.add_weight_gradient(part, of_outputs, of_inputs, fresh=True)
+    return total

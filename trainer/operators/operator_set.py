@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel.products import Products, torch_products
 from bagualu.parallel.vocabulary import loss_and_gradient
 from bagualu.trainer.operators.attention import causal_attention
 from bagualu.trainer.operators.config import OperatorsConfig
@@ -25,6 +26,7 @@ class OperatorSet:
     gate: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = silu_gate
     attention: Callable[..., torch.Tensor] = causal_attention
     loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = loss_and_gradient
+    linear: Products = torch_products
 
 
 BY_RULE = OperatorSet()
@@ -35,7 +37,8 @@ def operator_set(config: OperatorsConfig, chip: str, here: bool = True) -> Opera
     """Returns the variants that `config` names for tensors on `chip` (`precision.chip_of`). Raises RecipeError if the chip has not
     one of them. `here`: whether this machine computes with them, or they are traced for another."""
     named = {operator: variant for operator, variant in config.as_dict().items() if variant != AUTO}
-    return OperatorSet(**{operator: variant_of(operator, variant, chip, here) for operator, variant in named.items()})
+    chosen: dict[str, Any] = {operator: variant_of(operator, variant, chip, here) for operator, variant in named.items()}
+    return OperatorSet(**chosen)
 
 
 def variant_of(operator: str, variant: str, chip: str, here: bool = True) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ Shapes: N rows, P rows with padding, I width.
 import torch
 
 from bagualu.parallel.config import EXPERT_ROWS_MULTIPLE
-from bagualu.trainer.operators.shapes import generates_code
+from bagualu.parallel.product_shapes import generates_code
 
 
 def pad(rows: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]:

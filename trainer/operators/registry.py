@@ -21,7 +21,9 @@ AUTO = "auto"
 """The value of operators.NAME for which a variant is chosen."""
 GENERATED = "generated"
 """The name of variants whose kernels torch's compiler generates, which takes time when a run begins: train.compile chooses them."""
-DEFAULT_VARIANTS = {"norm": "eager", "rotary": "eager", "gate": "eager", "attention": "kernel", "loss": "eager"}
+DEFAULT_VARIANTS = {
+    "norm": "eager", "rotary": "eager", "gate": "eager", "attention": "kernel", "loss": "eager", "linear": "torch",
+}  # fmt: skip
 """For each operator the variant that takes all arguments on every chip."""
 _OWN = [
     EntryPoint("attention.blocks.cpu", "bagualu.trainer.operators.attention:attention_blocks", GROUP),
@@ -29,6 +31,8 @@ _OWN = [
     EntryPoint("attention.tiles.cpu", "bagualu.trainer.operators.tiles:attention_tiles", GROUP),
     EntryPoint("gate.eager", "bagualu.trainer.operators.gate:silu_gate", GROUP),
     EntryPoint("gate.generated", "bagualu.trainer.operators.generated.gate:silu_gate", GROUP),
+    EntryPoint("linear.tiles.cpu", "bagualu.trainer.operators.products:products_in_tiles", GROUP),
+    EntryPoint("linear.torch", "bagualu.parallel.products:torch_products", GROUP),
     EntryPoint("loss.eager", "bagualu.parallel.vocabulary:loss_and_gradient", GROUP),
     EntryPoint("loss.generated", "bagualu.trainer.operators.generated.loss:loss_and_gradient", GROUP),
     EntryPoint("norm.eager", "bagualu.trainer.operators.norm:normalise", GROUP),

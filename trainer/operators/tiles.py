@@ -7,40 +7,28 @@ Shapes: B micro-batch, A query heads, G key heads, S sequence, D head width.
 """
 
 import ctypes
-import logging
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bagualu.trainer.operators.compiled import CompileError, is_compiled, load_compiled
+from bagualu.trainer.operators.compiled import CompileError
+from bagualu.trainer.operators.half_kernels import HalfKernels, message_of
 from bagualu.trainer.operators.usual import tiles_compute
-from bagualu.trainer.user_settings import cpp_compiler
-
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_OPTIONS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
-_INSTRUCTIONS = ("fma3", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
-"""The instruction sets of `_OPTIONS`, as torch names them."""
-_COMPILER = "a C++ compiler that works (g++, or what the variable CXX names)"
-log = logging.getLogger(__name__)
 
 
-class AttentionTiles:
+class AttentionTiles(HalfKernels):
     """The kernel as a variant of attention: for the arguments of `causal_attention` in bfloat16, without slopes, mask or window."""
 
-    def lacks(self) -> str | None:
-        """Returns what the kernel needs and this machine has not; None if nothing."""
-        capabilities = torch.cpu.get_capabilities()
-        if not all(capabilities.get(name) for name in _INSTRUCTIONS):
-            return "a CPU with AVX512-BF16 instructions"
-        if cpp_compiler() is None and not is_compiled(_SOURCE, _OPTIONS):
-            return _COMPILER
-        return None
+    source = Path(__file__).with_suffix(".cpp")
+    name = "attention in tiles"
 
-    def fails(self) -> str | None:
-        """Compiles the kernel; returns what it needs if that fails."""
-        return None if self._kernels is not None else _COMPILER
+    def try_out(self, library: ctypes.CDLL) -> None:
+        library.attention_workspace.restype = ctypes.c_int64
+        tried, statistic = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16), torch.empty(1)
+        failed = message_of(library.attention_forward, _shape(tried, tried), *[_heads(tried)] * 4, _data(statistic))
+        if failed is not None:
+            raise CompileError(failed.partition("\n")[0])
 
     def takes(
         self,
@@ -59,27 +47,13 @@ class AttentionTiles:
         batch, heads, length, width = query.shape
         fits = key.shape == value.shape == (batch, key.shape[1], length, width) and heads % key.shape[1] == 0
         computes = fits and tiles_compute(in_bfloat16, width, length, window, slopes is not None)
-        return computes and self._kernels is not None
+        return computes and self.library is not None
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Returns the output [B, A, S, D], in memory as [B, S, A, D]; key and value [B, G, S, D]. The other arguments change
         nothing where `takes` is true."""
         mixed: torch.Tensor = _InTiles.apply(query, key, value)
         return mixed
-
-    @cached_property
-    def _kernels(self) -> ctypes.CDLL | None:
-        try:
-            return _load()
-        except CompileError as error:
-            log.warning("attention in tiles cannot be compiled (%s); torch's kernel takes its place", error)
-            return None
-
-    def run(self, kernel: str, *given: Any) -> None:
-        """Calls a function of the library. Raises RuntimeError if it fails."""
-        assert self._kernels is not None, "takes() has said that there is no such kernel"
-        if (failed := getattr(self._kernels, kernel)(*given)) is not None:
-            raise RuntimeError(f"attention in tiles: {failed.decode(errors='replace')}")
 
 
 attention_tiles = AttentionTiles()
@@ -103,21 +77,10 @@ class _InTiles(torch.autograd.Function):
         return tuple(found)
 
 
-def _load() -> ctypes.CDLL:
-    """Raises CompileError if the kernel cannot be compiled, or does not work with torch as it is."""
-    library = load_compiled(_SOURCE, _OPTIONS)
-    library.attention_forward.restype = library.attention_backward.restype = ctypes.c_char_p
-    library.attention_workspace.restype = ctypes.c_int64
-    tried, statistic = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16), torch.empty(1)
-    failed = library.attention_forward(_shape(tried, tried), *[_heads(tried)] * 4, _data(statistic))
-    if failed is not None:
-        raise CompileError(failed.decode(errors="replace").partition("\n")[0])
-    return library
-
-
 def workspace_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
     """Returns the bytes in which a thread computes the backward pass of this query and key."""
-    return int(_load().attention_workspace(_shape(query, key)))
+    assert attention_tiles.library is not None, "there is no such kernel"
+    return int(attention_tiles.library.attention_workspace(_shape(query, key)))
 
 
 def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:

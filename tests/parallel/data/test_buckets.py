@@ -18,6 +18,7 @@ from bagualu.parallel.data.shard import norm_squared
 from bagualu.parallel.layout import Layout
 from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import parallelize
+from bagualu.parallel.products import torch_products
 from bagualu.parallel.sharding import Placement, ShardingPlan
 from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.optim.config import OptimConfig
@@ -344,7 +345,7 @@ def put_off_and_done(communicator: Communicator) -> None:
     for m in range(2):
         sink.view.fill_(7.0)
         with reducer.putting_off() as put_off:
-            sink.add_products([left[m]], [right[m]])
+            sink.add_products(torch_products, [left[m].T], [right[m]])
         assert (sink.view == 7.0).all()
         assert bucket.pending == 2
         later.append(put_off)

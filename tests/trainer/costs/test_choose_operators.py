@@ -47,8 +47,9 @@ def chosen(recipe: Recipe) -> tuple[dict[str, Chosen], list[str]]:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> list[OperatorCalls]:
-    """Measures nothing, and returns the list of what would have been."""
+    """Measures nothing, and returns the list of what would have been, as on a machine where only attention has several variants."""
     asked: list[OperatorCalls] = []
+    monkeypatch.setattr(module, "measurable", lambda operator, chip: measurable(operator, chip) if operator == "attention" else {})
     monkeypatch.setattr(module, "times_of", lambda case, device, cache: asked.append(case) or seconds)
     return asked
 
@@ -68,7 +69,7 @@ def test_the_quicker_variant_of_attention_is_taken(tmp_path: Path, monkeypatch: 
     assert found["attention"] == Chosen("blocks", MEASURED, {"blocks": 0.004, "kernel": 0.008})  # of 4 layers
     assert said == ["operators.attention=blocks, as measured: blocks 4 ms, kernel 8 ms for a micro-batch"]
     assert [case.operator for case in asked] == ["attention"]  # the others have one variant each
-    assert all(found[operator] == Chosen("eager", USUAL) for operator in found.keys() - {"attention"})
+    assert all(found[name] == Chosen(DEFAULT_VARIANTS[name], USUAL) for name in found.keys() - {"attention"})
 
 
 def test_the_usual_variant_needs_no_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +113,7 @@ def test_layers_with_windows_of_their_own_count_by_their_number(tmp_path: Path, 
         asked.append(case)
         return {"blocks": 1.0, "kernel": 3.0} if case.shape.window else {"blocks": 4.0, "kernel": 1.0}
 
+    pretend(monkeypatch)
     monkeypatch.setattr(module, "times_of", times)
     found, _ = chosen(recipe)
     assert {case.shape.window: case.calls for case in asked} == {100: 2, None: 2}
@@ -219,7 +221,8 @@ def test_times_are_measured_once(tmp_path: Path) -> None:
         times = times_of(case, CPU, tmp_path)
         assert all(seconds > 0 for seconds in times.values())
         tiles = set() if attention_tiles.lacks() else {"tiles"}
-        assert times.keys() == ({"blocks", "kernel"} | tiles if case.operator == "attention" else {"eager"})
+        names = {"attention": {"blocks", "kernel"} | tiles, "linear": {"torch"} | tiles}
+        assert times.keys() == names.get(case.operator, {"eager"})
         assert times_of(case, CPU, tmp_path) == times  # times never repeat to the last digit
     assert len(list((tmp_path / "operators").iterdir())) == len(cases)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
+from bagualu.parallel.products import Products
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.models.activations import run
 from bagualu.trainer.operators.documents import document_mask
@@ -221,6 +222,42 @@ def check_loss(variant: Variant, dtype: torch.dtype, device: torch.device) -> No
     assert gradient.tolist() == [[1.0, -1.0]], "an overflow"
 
 
+def check_linear(products: Products, dtype: torch.dtype, device: torch.device) -> None:
+    """The products of linear layers, alone and added to what is there, for many and few rows and for widths that tiles divide or do
+    not; rows, weights and gradients may be parts of larger tensors."""
+    for rows, inputs, outputs in (
+        (1, 32, 64),
+        (40, 24, 32),
+        (77, 96, 32),
+        (32, 64, 96),
+        (130, 160, 288),
+        (2100, 32, 64),
+        (0, 32, 32),
+    ):
+        x, weight, columns = draw(rows, inputs + 8), draw(outputs, inputs, seed=1), draw(rows, outputs + 8, seed=2)
+        x, weight, columns = (one.to(device, dtype) for one in (x, weight, columns))
+        x, columns = x[:, :inputs], columns[:, 8:]
+        wide = accurate_dtype(dtype)
+        bias, before = draw(outputs, seed=3).to(device, dtype), draw(rows, inputs, seed=4).to(device, dtype)
+        total = draw(outputs, inputs, seed=5).to(device, wide)
+        exact_x, exact_weight, exact_columns, exact_before = (one.cpu().double() for one in (x, weight, columns, before))
+        exact = exact_x @ exact_weight.T, exact_columns @ exact_weight, exact_columns.T @ exact_x
+        for name, found, expected in (
+            ("output", products.outputs(x, weight), exact[0]),
+            ("output of several dimensions", products.outputs(x.unflatten(0, (1, rows)), weight)[0], exact[0]),
+            ("output with a bias", products.outputs(x, weight, bias), exact[0] + bias.cpu().double()),
+            ("output written elsewhere", products.outputs(x, weight, into=torch.empty_like(columns)), exact[0]),
+            ("gradient of the input", products.plus_input_gradient(None, columns, weight), exact[1]),
+            ("sum of gradients", products.plus_input_gradient(before.clone(), columns, weight), exact_before + exact[1]),
+            ("gradient written elsewhere", products.plus_input_gradient(None, columns, weight, into=x.clone()), exact[1]),
+        ):
+            assert found.dtype == dtype, f"{name} in another dtype"
+            _assert_close(name, found, expected, ERRORS[dtype])
+        for fresh, expected in ((False, total.cpu().double() + exact[2]), (True, exact[2])):
+            products.add_weight_gradient(total, columns, x, fresh)
+            _assert_close(f"gradient of a weight, fresh: {fresh}", total, expected, ERRORS[dtype])
+
+
 TRIALS: dict[str, Callable[[], Iterator[Trial]]] = {
     "attention": attention_trials,
     "norm": norm_trials,
@@ -229,10 +266,12 @@ TRIALS: dict[str, Callable[[], Iterator[Trial]]] = {
 }
 
 
-def check(operator: str, variant: Variant, dtype: torch.dtype, device: torch.device) -> None:
+def check(operator: str, variant: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Raises AssertionError unless the variant does what it must, in one dtype."""
     if operator == "loss":
         return check_loss(variant, dtype, device)
+    if operator == "linear":
+        return check_linear(variant, dtype, device)
     for trial in TRIALS[operator]():
         try:
             check_differentiable(trial, variant, dtype, device)

@@ -3,7 +3,6 @@ and whole steps of a model that computes with it. Variants that are wrong in one
 
 import functools
 import shutil
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bagualu.parallel.products import Products
 from bagualu.parallel.vocabulary import loss_and_gradient
 from bagualu.trainer.operators.attention import attention_blocks, attention_kernel
 from bagualu.trainer.operators.gate import silu_gate
@@ -216,7 +216,27 @@ def returns_the_logits(logits: Any, target: Any, counts: Any, group: Any) -> tup
     return loss_and_gradient(logits.clone(), target, counts, group)[0], logits
 
 
-WRONG: list[tuple[str, Callable[..., Any], torch.dtype, str]] = [
+class ForgetsTheBias(Products):
+    def outputs(self, rows: Any, weight: Any, bias: Any = None, into: Any = None) -> torch.Tensor:
+        return super().outputs(rows, weight, None, into)
+
+
+class AddsToOldGradients(Products):
+    def add_weight_gradient(self, total: Any, columns: Any, rows: Any, fresh: bool) -> None:
+        super().add_weight_gradient(total, columns, rows, fresh=False)
+
+
+class AddsIn16Bits(Products):
+    def add_weight_gradient(self, total: Any, columns: Any, rows: Any, fresh: bool) -> None:
+        total.copy_((columns.T @ rows if fresh else total + columns.T @ rows).bfloat16())
+
+
+class OverwritesTheSum(Products):
+    def plus_input_gradient(self, total: Any, columns: Any, weight: Any, into: Any = None) -> torch.Tensor:
+        return super().plus_input_gradient(None, columns, weight, into)
+
+
+WRONG: list[tuple[str, Any, torch.dtype, str]] = [
     ("attention", sees_itself_only_from_the_second_window_on, torch.float32, "with one key: result is wrong"),
     ("attention", forgets_slopes, torch.bfloat16, "with slopes: result is wrong"),
     ("attention", forgets_documents, torch.float32, "of documents: result is wrong"),
@@ -236,16 +256,25 @@ WRONG: list[tuple[str, Callable[..., Any], torch.dtype, str]] = [
     ("loss", counts_all, torch.float32, "loss is wrong"),
     ("loss", overflows, torch.float32, "overflow"),
     ("loss", returns_the_logits, torch.float32, "gradient is wrong"),
+    ("linear", ForgetsTheBias(), torch.bfloat16, "output with a bias is wrong"),
+    ("linear", AddsToOldGradients(), torch.bfloat16, "gradient of a weight, fresh: True is wrong"),
+    ("linear", AddsIn16Bits(), torch.float32, "gradient of a weight, fresh: False is wrong"),
+    ("linear", OverwritesTheSum(), torch.bfloat16, "sum of gradients is wrong"),
 ]
 
 
-@pytest.mark.parametrize(("operator", "wrong", "dtype", "said"), WRONG, ids=[wrong.__name__ for _, wrong, *_ in WRONG])
-def test_a_wrong_variant_is_found_out(operator: str, wrong: Callable[..., Any], dtype: torch.dtype, said: str) -> None:
+def _name(wrong: Any) -> str:
+    return str(getattr(wrong, "__name__", type(wrong).__name__))
+
+
+@pytest.mark.parametrize(("operator", "wrong", "dtype", "said"), WRONG, ids=[_name(wrong) for _, wrong, *_ in WRONG])
+def test_a_wrong_variant_is_found_out(operator: str, wrong: Any, dtype: torch.dtype, said: str) -> None:
     with pytest.raises(AssertionError, match=said):
         check(operator, wrong, dtype, torch.device("cpu"))
 
 
 MODULE = """
+from bagualu.parallel.products import Products
 from bagualu.parallel.vocabulary import loss_and_gradient
 from bagualu.trainer.operators.norm import normalise
 

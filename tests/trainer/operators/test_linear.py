@@ -274,7 +274,7 @@ def test_gradients_of_a_frozen_input_are_not_computed() -> None:
 def test_the_gradient_of_a_frozen_weight_is_not_computed(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.Size] = []
 
-    def watched(sink: object, weight: torch.Tensor, *_: object) -> torch.Tensor:
+    def watched(products: object, sink: object, weight: torch.Tensor, *_: object) -> torch.Tensor:
         asked.append(weight.shape)
         return torch.zeros_like(weight)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bagualu.parallel.pipeline.layer_slice import LayerSlice
+from bagualu.parallel.products import Products
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.models.decoder.cache import cached
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
@@ -29,7 +30,13 @@ def counting(calls: Counter[str]) -> OperatorSet:
 
         return call
 
-    return OperatorSet(**{name: counted(name, operator) for name, operator in vars(BY_RULE).items()})
+    class Counted(Products):
+        def outputs(self, *given: Any, **named: Any) -> torch.Tensor:
+            calls["linear"] += 1
+            return super().outputs(*given, **named)
+
+    functions = {name: counted(name, operator) for name, operator in vars(BY_RULE).items() if name != "linear"}
+    return OperatorSet(**functions, linear=Counted())
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
@@ -42,7 +49,8 @@ def test_a_model_computes_with_the_operators_that_it_is_given(norm: str, moe: Mo
         torch.nn.init.normal_(parameter, std=0.1)
     tokens = torch.arange(6).view(1, 6)
     loss, _ = model(tokens, tokens)
-    assert calls == {"norm": NORMS, "rotary": 4, "gate": 4 if moe.experts else 2, "attention": 2, "loss": 1}
+    linear = 2 * (4 + 3) + 1 + (2 * 2 * 3 if moe.experts else 0)
+    assert calls == {"norm": NORMS, "rotary": 4, "gate": 4 if moe.experts else 2, "attention": 2, "loss": 1, "linear": linear}
     plain = Decoder(config, [LayerSlice(0, 4)])
     plain.load_state_dict(model.state_dict())
     assert torch.equal(plain(tokens, tokens)[0], loss)

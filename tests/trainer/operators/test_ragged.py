@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagualu.parallel import precision
+from bagualu.parallel import product_shapes as shapes
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.moe import Experts
-from bagualu.trainer.operators import ragged, shapes
+from bagualu.trainer.operators import ragged
 from bagualu.trainer.operators.ragged import pad, unpad
 
 COUNTS = [[5, 0, 64, 3], [0, 0, 0, 0], [64, 128, 64, 0], [1, 200, 63, 65]]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bagualu.parallel.products import Products, torch_products
 from bagualu.trainer.models.decoder.lora import FIRST, SECOND, LoraConfig
 
 
@@ -24,9 +25,10 @@ class Factors:
 
 
 class AdaptedModule(nn.Module):
-    """A module whose weights may have factors, as parameters beside them."""
+    """A module whose weights may have factors, as parameters beside them. `products` multiplies both."""
 
     scale = 1.0
+    products: Products = torch_products
 
     def factors(self, key: str) -> Factors | None:
         """Returns the factors beside the weight `key` of this module; None if it has none."""
@@ -44,6 +46,13 @@ def add_factors(module: nn.Module, prefix: str, lora: LoraConfig) -> None:
                 assert isinstance(part, AdaptedModule), name
                 part.scale = lora.scale
                 part.register_parameter(name.rpartition(".")[2], nn.Parameter(torch.empty(shape)))
+
+
+def set_products(module: nn.Module, products: Products) -> None:
+    """Makes the linear layers and experts in `module` multiply by `products`."""
+    for part in module.modules():
+        if isinstance(part, AdaptedModule):
+            part.products = products
 
 
 def first_factors(factors: Sequence[Factors | None]) -> list[torch.Tensor]:

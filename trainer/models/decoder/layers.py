@@ -64,8 +64,9 @@ def project(
     factors = [layer.factors("weight") for layer in layers]
     weights = [*(layer.weight for layer in layers), *first_factors(factors)]
     biases = [layer.bias if biased else None for layer in layers] + [None] * (len(weights) - len(layers))
-    results = linears(x, *weights, biases=biases, factor=factor, wide=wide)
-    return plus_products(results, factors, lambda rows, weight: linears(rows, weight, wide=wide)[0])
+    multiply = partial(linears, wide=wide, products=layers[0].products)
+    results = multiply(x, *weights, biases=biases, factor=factor)
+    return plus_products(results, factors, lambda rows, weight: multiply(rows, weight)[0])
 
 
 class RMSNorm(nn.Module):

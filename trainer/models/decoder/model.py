@@ -17,7 +17,7 @@ from bagualu.parallel.pipeline.layer_slice import LayerPart, LayerSlice, parts_o
 from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 from bagualu.parallel.vocabulary import embedding, linear_cross_entropy
 from bagualu.trainer.models.activations import HostMemory, run
-from bagualu.trainer.models.decoder.adapted import add_factors
+from bagualu.trainer.models.decoder.adapted import add_factors, set_products
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.layers import Attention, FeedForward, Linear, norm_of
 from bagualu.trainer.models.decoder.moe import MixtureOfExperts, update_biases
@@ -69,7 +69,7 @@ class Head(Linear):
     def __init__(self, vocabulary: int, hidden: int, real: int, operators: OperatorSet = BY_RULE) -> None:
         super().__init__(hidden, vocabulary)
         self.real = real
-        self.loss = partial(linear_cross_entropy, vocabulary=real, chunk_loss=operators.loss)
+        self.loss = partial(linear_cross_entropy, vocabulary=real, chunk_loss=operators.loss, products=operators.linear)
         self.columns = slice(None)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -110,6 +110,7 @@ class Layer(nn.Module):
                 else FeedForward(config, config.ffn, config.bias == "all", operators)
             )
         add_factors(self, f"layers.{index}.", config.lora)
+        set_products(self, operators.linear)
 
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor | None = None, part: LayerPart | None = None

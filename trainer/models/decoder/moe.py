@@ -7,6 +7,7 @@ sends rows, sorted by expert, to the ranks of their experts and returns the resu
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -53,8 +54,9 @@ class Experts(AdaptedModule):
         """rows [n, ...] sorted by expert, counts [e] -> an output for each weight of `keys`. `factor` as in `linears`."""
         factors = [self.factors(key) for key in keys]
         weights = [*(getattr(self, key) for key in keys), *first_factors(factors)]
-        results = grouped_linears(rows, counts, *weights, factor=factor)
-        return plus_products(results, factors, lambda low, weight: grouped_linears(low, counts, weight)[0])
+        multiply = partial(grouped_linears, products=self.products)
+        results = multiply(rows, counts, *weights, factor=factor)
+        return plus_products(results, factors, lambda low, weight: multiply(low, counts, weight)[0])
 
 
 class Router(nn.Module):

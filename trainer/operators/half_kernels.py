@@ -1,0 +1,68 @@
+"""Kernels in C++ for CPUs that multiply bfloat16 matrices, as variants of operators."""
+
+import ctypes
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagualu.trainer.operators.compiled import CompileError, is_compiled, load_compiled
+from bagualu.trainer.user_settings import cpp_compiler
+
+_OPTIONS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
+_INSTRUCTIONS = ("fma3", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
+"""The instruction sets of `_OPTIONS`, as torch names them."""
+_COMPILER = "a C++ compiler that works (g++, or what the variable CXX names)"
+log = logging.getLogger(__name__)
+
+
+class HalfKernels:
+    """The functions of a C++ file, which is compiled when they are first needed. Each returns null, or a message if it fails."""
+
+    source: Path
+    name: str
+    """What the functions compute, for messages."""
+
+    def try_out(self, library: ctypes.CDLL) -> None:
+        """Calls a function of the library, which has just been loaded. Raises CompileError if it does not work with torch as it
+        is."""
+        raise NotImplementedError
+
+    def lacks(self) -> str | None:
+        """Returns what the kernels need and this machine has not; None if nothing."""
+        capabilities = torch.cpu.get_capabilities()
+        if not all(capabilities.get(name) for name in _INSTRUCTIONS):
+            return "a CPU with AVX512-BF16 instructions"
+        if cpp_compiler() is None and not is_compiled(self.source, _OPTIONS):
+            return _COMPILER
+        return None
+
+    def fails(self) -> str | None:
+        """Compiles the kernels; returns what they need if that fails."""
+        return None if self.library is not None else _COMPILER
+
+    @cached_property
+    def library(self) -> ctypes.CDLL | None:
+        """The compiled functions; None, and a line is logged, if they cannot be had."""
+        try:
+            library = load_compiled(self.source, _OPTIONS)
+            self.try_out(library)
+        except CompileError as error:
+            log.warning("%s cannot be compiled (%s); torch's kernel takes its place", self.name, error)
+            return None
+        return library
+
+    def run(self, kernel: str, *given: Any) -> None:
+        """Calls a function of the library. Raises RuntimeError if it fails."""
+        assert self.library is not None, "there is no such kernel"
+        if (failed := message_of(getattr(self.library, kernel), *given)) is not None:
+            raise RuntimeError(f"{self.name}: {failed}")
+
+
+def message_of(function: Any, *given: Any) -> str | None:
+    """Calls a function of a library and returns its message, if it fails."""
+    function.restype = ctypes.c_char_p
+    failed: bytes | None = function(*given)
+    return None if failed is None else failed.decode(errors="replace")

@@ -1,0 +1,99 @@
+"""The matrix products of linear layers by kernels in C++ (products.cpp), for CPUs that multiply bfloat16 matrices.
+
+Shapes: N rows, I input width, O output width.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagualu.parallel.products import Products
+from bagualu.trainer.operators.compiled import CompileError
+from bagualu.trainer.operators.half_kernels import HalfKernels, message_of
+
+_MULTIPLE = 32
+"""Widths have to be multiples of this (kStep in products.cpp)."""
+_LEAST_ROWS = 32
+"""For fewer rows, packing a weight takes longer than the product."""
+
+
+class ProductsInTiles(HalfKernels, Products):
+    """A variant of the operator `linear`: of products in bfloat16. torch's functions compute those that the kernels do not."""
+
+    source = Path(__file__).with_suffix(".cpp")
+    name = "linear layers in tiles"
+
+    def try_out(self, library: ctypes.CDLL) -> None:
+        tried = torch.zeros(_LEAST_ROWS, _MULTIPLE, dtype=torch.bfloat16)
+        failed = message_of(library.linear_outputs, *_sizes(*tried.shape, _MULTIPLE), *[_matrix(tried)] * 2, None, _matrix(tried))
+        if failed is not None:
+            raise CompileError(failed.partition("\n")[0])
+
+    def outputs(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        flat = rows.reshape(-1, rows.shape[-1])
+        sizes = len(flat), *weight.shape
+        plain = bias is None or (bias.dtype == rows.dtype and bias.shape == weight.shape[:1] and bias.stride(0) == 1)
+        if not (plain and self._multiply(*sizes, rows=flat, weight=weight, columns=into)):
+            return super().outputs(rows, weight, bias, into)
+        result = flat.new_empty(len(flat), len(weight)) if into is None else into
+        added = None if bias is None else _data(bias)
+        self.run("linear_outputs", *_sizes(*sizes), _matrix(flat), _matrix(weight), added, _matrix(result))
+        return result.view(*rows.shape[:-1], len(weight))
+
+    def plus_input_gradient(
+        self, total: torch.Tensor | None, columns: torch.Tensor, weight: torch.Tensor, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        columns, result = _with_rows(columns), into if total is None else total
+        sizes = len(columns), *weight.shape
+        if not self._multiply(*sizes, rows=result, weight=weight, columns=columns):
+            return super().plus_input_gradient(total, columns, weight, into)
+        result = columns.new_empty(len(columns), weight.shape[1]) if result is None else result
+        self.run("input_gradient", *_sizes(*sizes), _matrix(columns), _matrix(weight), total is not None, _matrix(result))
+        return result
+
+    def add_weight_gradient(self, total: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor, fresh: bool) -> None:
+        columns, rows, sizes = _with_rows(columns), _with_rows(rows), (len(rows), *total.shape)
+        wide = total.dtype == torch.float32 and total.is_contiguous()
+        if not (wide and self._multiply(*sizes, rows=rows, columns=columns)):
+            return super().add_weight_gradient(total, columns, rows, fresh)
+        self.run("weight_gradient", *_sizes(*sizes), _matrix(columns), _matrix(rows), _data(total), not fresh)
+        return None
+
+    def _multiply(self, tokens: int, outputs: int, inputs: int, **matrices: torch.Tensor | None) -> bool:
+        """Returns whether the kernels multiply these matrices: rows [N, I], columns [N, O] and weight [O, I]."""
+        shapes = {"rows": (tokens, inputs), "columns": (tokens, outputs), "weight": (outputs, inputs)}
+        return (
+            tokens >= _LEAST_ROWS
+            and outputs % _MULTIPLE == inputs % _MULTIPLE == 0
+            and all(x is None or (x.shape == shapes[name] and _lies_in_rows(x)) for name, x in matrices.items())
+            and self.library is not None
+        )
+
+
+products_in_tiles = ProductsInTiles()
+
+
+def _with_rows(x: torch.Tensor) -> torch.Tensor:
+    """Returns x [N, width], copied if elements of a row do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _lies_in_rows(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1
+
+
+def _sizes(*sizes: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(size) for size in sizes]
+
+
+def _matrix(x: torch.Tensor) -> Any:
+    """Returns a Matrix of products.cpp."""
+    return (ctypes.c_int64 * 2)(x.data_ptr(), x.stride(0))
+
+
+def _data(x: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
