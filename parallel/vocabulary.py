@@ -111,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if backward and sink is not None:
             sink.settle()  # logits take the most memory of a whole step
         grad_x = torch.empty_like(x, dtype=rows.dtype) if backward else None
-        grad_rows: torch.Tensor | None = None
+        grad_weight: torch.Tensor | None = None
         total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
         for begin in range(0, max(1, x.shape[0]), HEAD_CHUNK_TOKENS):
             tokens = slice(begin, begin + HEAD_CHUNK_TOKENS)
@@ -121,11 +121,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 products.plus_input_gradient(None, grad_logits, rows, into=grad_x[tokens])
                 if ctx.needs_input_grad[1]:
-                    grad_rows = _plus_product(products, grad_rows, grad_logits, chunk)
+                    if grad_weight is None:
+                        grad_weight = weight.new_empty(weight.shape, dtype=accurate_dtype(weight.dtype))
+                        grad_weight[valid:].zero_()  # padding
+                    products.add_weight_gradient(grad_weight[:valid], grad_logits, chunk, fresh=begin == 0)
             del grad_logits  # those of the next chunk need the memory
         if grad_x is not None:
-            padding = weight.shape[0] - valid
-            grad_weight = F.pad(grad_rows, (0, 0, 0, padding)) if padding and grad_rows is not None else grad_rows
             ctx.save_for_backward(grad_x.to(x.dtype), grad_weight)
             ctx.sink = sink
         return total
@@ -141,16 +142,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.sink.add(grad_weight, scale)
             return grad_x * scale, None, *rest
         return grad_x * scale, grad_weight.to(scale.dtype) * scale, *rest
-
-
-def _plus_product(products: Products, total: torch.Tensor | None, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Returns total + columns.T @ rows, in place if possible. If total is None, the product keeps its dtype, which takes less
-    memory if it is the only one; a sum is in at least float32."""
-    if total is None:
-        return columns.T @ rows
-    total = total.to(accurate_dtype(total.dtype))
-    products.add_weight_gradient(total, columns, rows, fresh=False)
-    return total
 
 
 def loss_and_gradient(

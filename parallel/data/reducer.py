@@ -262,7 +262,7 @@ class GradientSink:
         if factor is None:
             self._add(gradient)
         elif self.fresh:
-            self.view.copy_(gradient).mul_(factor)
+            torch.mul(gradient, factor, out=self.view)
         else:
             self.view.addcmul_(gradient, factor)
         self._counted()

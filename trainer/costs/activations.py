@@ -83,8 +83,7 @@ def head_held(work: ModelWork) -> Held:
     columns = work.model.padded_vocab // work.layout.tensor
     inputs, scales = work.tokens_between * hidden * item, _norm_statistics(work)
     trained = columns * hidden * (("embedding.weight" if work.model.tie_embeddings else "head.weight") not in work.frozen)
-    several = work.tokens > HEAD_CHUNK_TOKENS  # then the weight's gradient is a sum, which is in at least float32
-    weight = trained * (accurate if several else product)
+    weight = trained * accurate
     widened = (columns + work.tokens) * hidden * product * work.widens  # weight, input's gradient
     result = inside_bytes(work)  # the input's gradient; if widened, it is rounded at the end
     highest = _most_of_chunks(work, columns, trained) - weight - result * work.widens
@@ -96,14 +95,12 @@ def _most_of_chunks(work: ModelWork, columns: int, trained: int) -> int:
     """Returns the most bytes of the weight's gradient, of `trained` elements, and of what the head makes for a chunk of tokens: its
     logits in the dtype of products and in at least float32, then their gradient and what the chunk adds to that of the weight."""
     hidden, product, accurate = work.model.hidden, work.product_bytes, work.accurate_bytes
-    narrow = product < accurate
-    sums = (0, trained * product, trained * accurate, trained * accurate)  # after no chunk, one, two and more
-    added = (0, 2 * trained * product * narrow, trained * product * narrow)  # the second also finds the first as it was
+    narrow = product < accurate  # then a product is rounded before it is added
     highest = 0
-    for number, begin in enumerate(range(0, work.tokens, HEAD_CHUNK_TOKENS)[:3]):  # all later chunks are like the third
+    for begin in range(0, work.tokens, HEAD_CHUNK_TOKENS)[:2]:  # all later chunks are like the second
         tokens = min(work.tokens - begin, HEAD_CHUNK_TOKENS)
-        logits = tokens * columns * (accurate + product * narrow) + sums[number]
-        gradient = tokens * columns * product + sums[number + 1] + added[number]
+        logits = tokens * columns * (accurate + product * narrow) + trained * accurate * (begin > 0)
+        gradient = tokens * columns * product + trained * (accurate + product * narrow)
         highest = max(highest, max(logits, gradient) + tokens * hidden * product * work.widens)
     return highest
 
