@@ -2,7 +2,7 @@
 keeps its bits. tests/trainer/models/decoder/test_lora.py holds that the curve of one process is right."""
 
 import functools
-from itertools import combinations, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from bagualu.trainer.models.decoder.initialise import normal_values, seeded_valu
 from bagualu.trainer.models.decoder.lora import FIRST, SECOND
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
+from tests.covering import covering
 from tests.harness import run
 from tests.parity import gather, pieces_of, small_recipe
 from tests.trainer.models.styles import STYLES
@@ -106,22 +107,8 @@ AXES: dict[str, list[Any]] = {
 }
 
 
-def covering() -> list[tuple[Any, ...]]:
-    """Choices of one value for each of AXES, chosen greedily until every pair of values of two axes is in one of them."""
-    values = list(AXES.values())
-    every = list(product(*(range(len(choices)) for choices in values)))
-
-    def pairs(case: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
-        return {(one, case[one], other, case[other]) for one, other in combinations(range(len(case)), 2)}
-
-    missing, cases = set().union(*map(pairs, every)), []
-    while missing:
-        cases.append(max(every, key=lambda case: len(pairs(case) & missing)))
-        missing -= pairs(cases[-1])
-    return [tuple(values[axis][index] for axis, index in enumerate(case)) for case in cases]
-
-
-COVERING = covering()
+EVERY = list(product(*AXES.values()))
+COVERING = [EVERY[index] for index in covering([dict(zip(AXES, map(str, case), strict=True)) for case in EVERY])]
 
 
 @pytest.mark.parametrize("case", COVERING, ids=lambda case: "-".join(str(part).replace(" ", "") for part in case))

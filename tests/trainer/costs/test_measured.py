@@ -16,6 +16,7 @@ from bagualu.trainer.costs.work import ModelWork, cpu_multiplies
 from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.lora import LoraConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
+from tests.covering import every_choice
 from tests.trainer.models.styles import STYLES
 
 CPU = torch.device("cpu")
@@ -34,10 +35,12 @@ def with_halves(table: CostTable) -> list[LayerCost]:
     return [table.embedding, table.head, *table.layers, *(half for layer in table.layers for half in layer.halves)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(data=2, tensor=2, expert=2)], ids=str)
-@pytest.mark.parametrize("micro_batch", [2, 40])  # one chunk of the head's, or more
-@pytest.mark.parametrize("style", STYLES)
+@every_choice(
+    style=list(STYLES),
+    dtype=["float32", "bfloat16", "float16", "float64"],
+    layout=[Layout(), Layout(data=2, tensor=2, expert=2)],
+    micro_batch=[2, 40],  # one chunk of the head's, or more
+)
 def test_bytes_held_are_those_that_shapes_give(dtype: str, layout: Layout, micro_batch: int, style: str) -> None:
     here = work(dtype, layout, micro_batch, style)
     measured, analytic = measured_table(here, measure(here, CPU, budget_seconds=0), ""), analytic_table(here)

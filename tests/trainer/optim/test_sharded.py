@@ -20,6 +20,7 @@ from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.schedule import learning_rate
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import local_micro_batches, train_step
+from tests.covering import in_turns
 from tests.harness import run
 from tests.parity import gather, pieces_of, small_recipe
 
@@ -230,29 +231,33 @@ FROZEN: dict[str, list[dict[str, object]]] = {
 EVERY_AXIS: list[dict[str, object]] = [
     {"data": 2, "expert": 2, "zero": 3}, {"tensor": 2, "pipeline": 2, "schedule": "interleaved_1f1b"},
 ]  # fmt: skip
-IN_TURNS: list[dict[str, object]] = [
+ON_FEWER: list[dict[str, object]] = [
     {}, {"data": 2, "expert": 2}, {"data": 2, "zero": 0}, {"tensor": 2, "sequence": True}, {"pipeline": 2},
     {"pipeline": 2, "schedule": "zb_v"}, {"pipeline": 2, "data": 2, "schedule": "zb_h1", "zero": 3},
 ]  # fmt: skip
-"""Layouts of which each choice of frozen parameters takes two, and all where slow tests run."""
-BY_HALVES: list[dict[str, object]] = [*IN_TURNS[-2:], EVERY_AXIS[-1]]
+BY_HALVES: list[dict[str, object]] = [*ON_FEWER[-2:], EVERY_AXIS[-1]]
 
 
-@pytest.mark.parametrize("name", FROZEN)
-def test_frozen_parameters_stay_and_the_rest_trains_as_if_they_were_constants(name: str) -> None:
+def called(value: str | dict[str, object]) -> str:
+    return value if isinstance(value, str) else "-".join(f"{key}{degree}" for key, degree in value.items())
+
+
+@in_turns(called, name=list(FROZEN), layout=EVERY_AXIS)
+def test_frozen_parameters_stay_and_the_rest_trains_as_if_they_were_constants(name: str, layout: dict[str, object]) -> None:
+    """Also on two layouts of fewer ranks; on all of those where slow tests run."""
     place = 2 * list(FROZEN).index(name)
-    assert_frozen_are_constants(name, "float64", [*EVERY_AXIS, *(IN_TURNS[(place + more) % len(IN_TURNS)] for more in (0, 1))])
+    assert_frozen_are_constants(name, "float64", [layout, *(ON_FEWER[(place + more) % len(ON_FEWER)] for more in (0, 1))])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FROZEN)
 def test_frozen_parameters_are_constants_on_every_layout(name: str) -> None:
-    assert_frozen_are_constants(name, "float64", [*EVERY_AXIS, *IN_TURNS])
+    assert_frozen_are_constants(name, "float64", ON_FEWER)
 
 
-@pytest.mark.parametrize("name", FROZEN)
-def test_frozen_parameters_stay_with_masters_of_more_digits(name: str) -> None:
-    assert_frozen_are_constants(name, "bfloat16", BY_HALVES)
+@in_turns(called, name=list(FROZEN), layout=BY_HALVES)
+def test_frozen_parameters_stay_with_masters_of_more_digits(name: str, layout: dict[str, object]) -> None:
+    assert_frozen_are_constants(name, "bfloat16", [layout])
 
 
 def assert_frozen_are_constants(name: str, dtype: str, layouts: list[dict[str, object]]) -> None:

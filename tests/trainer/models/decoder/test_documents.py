@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bagualu.trainer.models.decoder.model import Decoder
+from tests.covering import in_turns
 from tests.trainer.models.decoder.test_model import VARIANTS, config_of, filled
 
 BORDERS = [[0, 3, 4, 11, 16], [0, 6, 12, 14, 16]]
@@ -41,8 +42,7 @@ def gradients(model: Decoder, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@in_turns(variant=list(VARIANTS), recompute=["none", "attention", "full"])
 def test_a_document_has_the_same_loss_alone_and_packed(variant: str, recompute: str) -> None:
     config = config_of(variant)
     if config.positions == "learned":
