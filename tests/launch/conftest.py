@@ -18,10 +18,11 @@ from tests.launch.warm import Launcher
 from tests.leftovers import Leftovers
 from tests.standing import assert_names_rank_phase_and_cause
 
-# Whatever started the tests: a shell that runs them beside something else (`&`) has them, and what they start, ignore Ctrl-C.
+# What started the tests may have them, and what they start, ignore these: a shell Ctrl-C (`&`), nohup a hang-up.
 _COMMAND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from bagualu.launch.cli import main
 sys.exit(main(entrypoint='{}'))
 """

@@ -77,7 +77,7 @@ def test_a_recipe_is_printed_and_refused_in_any_encoding(leftovers, encoding):
 
 def test_a_run_whose_streams_break_goes_on_and_ends_as_if_they_were_there(start):
     with broken("pipe without a reader") as stderr:
-        run = start("train.steps=30", "parallel.data=2", stderr=stderr)
+        run = start("train.steps=30", "parallel.data=2", "parallel.pipeline=1", stderr=stderr)
     run.process.stdout.close()
     assert run.process.wait(60) == 0
     assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 30
@@ -85,7 +85,7 @@ def test_a_run_whose_streams_break_goes_on_and_ends_as_if_they_were_there(start)
 
 def test_a_run_whose_terminal_is_closed_stops_as_the_hang_up_asks(start):
     terminal, stderr = os.openpty()
-    run = start("parallel.data=2", stderr=stderr)
+    run = start("parallel.data=2", "parallel.pipeline=1", stderr=stderr)
     os.close(stderr)
     run.started(ranks=2)
     os.close(terminal)

@@ -238,7 +238,9 @@ def _begin(
     tempfile.tempdir = None  # by the environment
     sys.path[:1] = environment.get("PYTHONPATH", "").split(":")
     sys.argv = ["-c", *words]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have the tests, and what they start, ignore it
+    # What started the tests may have them, and what they start, ignore these: a shell Ctrl-C (`&`), nohup a hang-up.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     util.spawnv_passfds = functools.partial(_spawn, util.spawnv_passfds, mark)
     exec(program, {"__name__": "__main__"})
