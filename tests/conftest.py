@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,16 +79,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leftovers]:
+def leftovers(tmp_path: Path) -> Iterator[Leftovers]:
     """Asserts that what the test does, and what it starts with `leftovers.environment`, leaves nothing behind; fixtures that start
     something end it first."""
+    with leaving_nothing(tmp_path) as watch:
+        yield watch
+
+
+@contextmanager
+def leaving_nothing(folder: Path) -> Iterator[Leftovers]:
+    """Asserts the same of what is done within the context, with temporary files in `folder`."""
     harness.prepare()
-    temporary = tmp_path / "temporary"
+    temporary = folder / "temporary"
     temporary.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    watch = Leftovers(temporary)
-    yield watch
-    watch.assert_none()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(temporary))
+        watch = Leftovers(temporary)
+        yield watch
+        watch.assert_none()
 
 
 Undisturbed = Callable[[Recipe, str], Path]

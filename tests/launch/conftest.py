@@ -115,14 +115,23 @@ def _wait(condition: Any, process: subprocess.Popen[str]) -> None:
 @pytest.fixture
 def start(tmp_path: Path, leftovers: Leftovers) -> Iterator[Any]:
     """start(*overrides) -> Run; whatever is left of its process group is killed after the test, and then nothing may be left."""
+    with starting(tmp_path, leftovers) as begin:
+        yield begin
+
+
+@contextlib.contextmanager
+def starting(folder: Path, leftovers: Leftovers) -> Iterator[Callable[..., Run]]:
+    """start(*overrides) -> Run in `folder`, as long as the context lasts."""
     runs: list[Run] = []
 
     def begin(*overrides: str, **options: Any) -> Run:
-        runs.append(Run(tmp_path, leftovers.environment, *overrides, **options))
+        runs.append(Run(folder, leftovers.environment, *overrides, **options))
         return runs[-1]
 
-    yield begin
-    for run in runs:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.process.pid, signal.SIGKILL)
-        run.process.wait()
+    try:
+        yield begin
+    finally:
+        for run in runs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait()

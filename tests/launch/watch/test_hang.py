@@ -1,11 +1,15 @@
 """A run in which one rank stands still: the words name that one and nobody else, and the run goes on as if nothing had been."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.conftest import leaving_nothing
+from tests.launch.conftest import starting
 from tests.launch.survival import FOUR, MOST_LOST, SMALL, finish, small
 from tests.standing import assert_names_rank_phase_and_cause, assert_stood
 
@@ -58,13 +62,37 @@ def test_each_rank_that_stands_still_is_named_with_its_stack_and_the_run_goes_on
     assert_stood(run.folder, reference("gloo"), MOST_LOST)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("hold-2-1-forward", ["comm.timeout_seconds=8"]), pytest.param("hold-2-5-forward", [], marks=pytest.mark.slow)],
-)
-def test_a_rank_that_runs_as_a_thread_is_found_in_the_same_way(start, reference, name, words):
+THREADS = ("comm.backend=simulated",)
+RUNS: dict[str, dict[str, Any]] = {
+    "thread": {"words": ("hold-2-1-forward", *THREADS, "comm.timeout_seconds=8")},
+    "unwatched": {"words": ("hold-2-5-forward", "comm.timeout_seconds=8"), "hang": ["restart.hang_seconds=0"]},
+    "long": {"words": ("nap-2-1-forward.nap-2-4-validate",)},
+}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Runs that do little but wait, by name, all under way at once."""
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(leaving_nothing(tmp_path_factory.mktemp("together")))
+        runs = {}
+        for name, options in RUNS.items():
+            start = stack.enter_context(starting(tmp_path_factory.mktemp(name), watch))
+            runs[name] = stand_still(start, *options["words"], hang=options.get("hang", HANG))
+        yield runs
+
+
+def test_a_rank_that_runs_as_a_thread_is_found_in_the_same_way(together, reference):
     """Also in its first step, where much is allowed, before the others give up."""
-    run = stand_still(start, name, "comm.backend=simulated", *words)
+    assert_thread_is_found(together["thread"], reference)
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_as_a_thread_is_found_in_a_later_step(start, reference):
+    assert_thread_is_found(stand_still(start, "hold-2-5-forward", *THREADS), reference)
+
+
+def assert_thread_is_found(run, reference):
     code, _, err = run.end()
     rank, _, report = named(err.splitlines()[-1], LAST)
     assert code == 1
@@ -75,8 +103,8 @@ def test_a_rank_that_runs_as_a_thread_is_found_in_the_same_way(start, reference,
     assert_stood(run.folder, reference("simulated"), MOST_LOST)
 
 
-def test_without_a_watchdog_who_is_waited_for_is_named_and_not_who_gave_up(start, reference):
-    run = stand_still(start, "hold-2-5-forward", "comm.timeout_seconds=8", hang=["restart.hang_seconds=0"])
+def test_without_a_watchdog_who_is_waited_for_is_named_and_not_who_gave_up(together, reference):
+    run = together["unwatched"]
     code, _, err = run.end()
     last = err.splitlines()[-1]
     assert code == 1, err
@@ -86,9 +114,9 @@ def test_without_a_watchdog_who_is_waited_for_is_named_and_not_who_gave_up(start
     assert_stood(run.folder, reference("gloo"), MOST_LOST)
 
 
-def test_what_may_take_long_is_no_hang(start, reference):
+def test_what_may_take_long_is_no_hang(together, reference):
     """A first step and a validation."""
-    run = stand_still(start, "nap-2-1-forward.nap-2-4-validate")
+    run = together["long"]
     code, _, err = run.end()
     assert code == 0, err
     assert_stood(run.folder, reference("gloo"), 0)
