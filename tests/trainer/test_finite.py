@@ -69,10 +69,17 @@ DAMAGE = [("exp_avg", "nan"), ("exp_avg", "-inf"), ("exp_avg_sq", "inf"), ("exp_
           ("weight", "nan"), ("weight", "inf")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("where", "how"), DAMAGE)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "where", "how"),
+    [
+        pytest.param(layout, *damage, marks=[pytest.mark.slow] * ((row + column) % 2))
+        for row, layout in enumerate(LAYOUTS)
+        for column, damage in enumerate(DAMAGE)
+    ],
+)
 def test_state_that_is_damaged_right_before_the_update_leaves_no_trace(tmp_path: Path, layout: str, where: str, how: str) -> None:
-    """It comes from another rank that holds the same, or from a checkpoint; no samples are left out for it."""
+    """It comes from another rank that holds the same, or from a checkpoint; no samples are left out for it. Every second case is
+    slow, so that each damage, and each layout, has half of the others."""
     found = runs(recipe_in(tmp_path / "found", layout), Fault(where, how, point="optimizer", step=BAD))
     assert found[0].error == ""
     assert_same_bits(found, straight(layout))

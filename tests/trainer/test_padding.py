@@ -2,6 +2,7 @@
 
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from bagualu.trainer.recipe.compose import save_recipe
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recovery.state import checkpoints_of, metadata_of
 from bagualu.trainer.step import train_step
+from tests.covering import in_turns
 from tests.harness import run
 from tests.parity import assert_same, gather, pieces_of, small_recipe, train
 from tests.trainer.states import load_state, save_state
@@ -87,11 +89,12 @@ def counted(communicator: Communicator, recipe: Recipe) -> int:
     return count
 
 
-@pytest.mark.parametrize("changes", [{}, {"optim__groups": [{"pattern": "embedding.weight", "frozen": True}]}], ids=["", "frozen"])
-@pytest.mark.parametrize(("engine", "stage"), [(engine, stage) for engine, stages in ENGINES.items() for stage in stages])
-def test_padding_is_not_counted_as_parameters(tmp_path: Path, engine: str, stage: int, changes: dict[str, object]) -> None:
-    kind = {"parallel__engine": engine, "parallel__zero": stage, "parallel__bucket_bytes": ParallelConfig.bucket_bytes}
-    recipe = recipe_in(tmp_path, 61, 2, parallel__data=2, train__dtype="float32", **kind, **changes)
+@in_turns(kind=[(engine, stage) for engine, stages in ENGINES.items() for stage in stages], frozen=[True, False])
+def test_padding_is_not_counted_as_parameters(tmp_path: Path, kind: tuple[str, int], frozen: bool) -> None:
+    engine, stage = kind
+    changes: dict[str, Any] = {"optim__groups": [{"pattern": "embedding.weight", "frozen": True}]} if frozen else {}
+    changes |= {"parallel__engine": engine, "parallel__zero": stage, "parallel__bucket_bytes": ParallelConfig.bucket_bytes}
+    recipe = recipe_in(tmp_path, 61, 2, parallel__data=2, train__dtype="float32", **changes)
     counts = run("gloo", 4, counted, recipe)
     assert sum(counts) == sum(prod(shape) for shape in parameter_shapes(recipe.model).values())
 

@@ -16,6 +16,7 @@ from bagualu.trainer.models.decoder.config import ModelConfig, MoEConfig
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.operators.operator_set import BY_RULE, OperatorSet
 from bagualu.trainer.simulation.trace import Traced, trace
+from tests.covering import every_choice
 from tests.parity import small_recipe
 
 DENSE = ModelConfig(layers=2, hidden=8, heads=2, kv_heads=1, ffn=12, vocab=16, qk_norm=True)
@@ -66,12 +67,10 @@ def test_so_does_a_model_that_begins_to_generate() -> None:
     assert calls["attention"] == 2
 
 
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("variant", "blocks"), [("blocks", True), ("kernel", False), ("tiles", False), ("auto", None)])
-def test_what_is_predicted_and_traced_follows_the_choice(variant: str, blocks: bool | None, dtype: str, window: int | None) -> None:
+@every_choice(variant=["blocks", "kernel", "tiles", "auto"], dtype=["float32", "bfloat16"], window=[None, 4])
+def test_what_is_predicted_and_traced_follows_the_choice(variant: str, dtype: str, window: int | None) -> None:
     recipe = small_recipe(operators__attention=variant, train__dtype=dtype, model__window=window, comm__backend="gloo")
     predicted = work_of(recipe, recipe.validate(1)).attends_in_blocks(0)
     names = {operator.name for operator in trace(recipe, 1, 0, Traced("cpu")).operators()}
     assert ("aten._scaled_dot_product_flash_attention_for_cpu.default" in names) != predicted
-    assert blocks is None or predicted == blocks
+    assert variant == "auto" or predicted == (variant == "blocks")

@@ -20,7 +20,7 @@ from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.schedule import learning_rate
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import local_micro_batches, train_step
-from tests.covering import in_turns
+from tests.covering import every_choice, in_turns
 from tests.harness import run
 from tests.parity import gather, pieces_of, small_recipe
 
@@ -174,7 +174,12 @@ def plain_model(dtype: str, model: tuple[tuple[str, object], ...]) -> tuple[list
 
 RELATIVE = {"float64": 1e-10, "float32": 2e-4, "bfloat16": 2e-4}
 MODELS: dict[str, dict[str, object]] = {"dense": {}, "tied": {"model__tie_embeddings": True}, "moe": MOE}
-CASES = [(model, dtype) for model in MODELS for dtype in RELATIVE]
+OVER_DATA: dict[str, dict[str, int]] = {
+    "alone": {},
+    "zero_1": {"data": 2},
+    "zero_0": {"data": 2, "zero": 0},
+    "zero_2": {"data": 2, "zero": 2},
+}
 
 
 @pytest.fixture
@@ -184,13 +189,10 @@ def _widened(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_widened")
-@pytest.mark.parametrize(
-    "layout", [{}, {"data": 2}, {"data": 2, "zero": 0}, {"data": 2, "zero": 2}], ids=["alone", "zero_1", "zero_0", "zero_2"]
-)
-@pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_updates_are_those_of_torch(name: str, dtype: str, layout: dict[str, int]) -> None:
+@every_choice(name=list(MODELS), dtype=list(RELATIVE), layout=list(OVER_DATA))
+def test_updates_are_those_of_torch(name: str, dtype: str, layout: str) -> None:
     model, relative = MODELS[name], RELATIVE[dtype]
-    recipe = alone(dtype, {**model, **{f"parallel__{key}": value for key, value in layout.items()}})
+    recipe = alone(dtype, {**model, **{f"parallel__{key}": value for key, value in OVER_DATA[layout].items()}})
     ranks = run("simulated", recipe.world_size(), trained, recipe)
     follow = ranks[0][3] if dtype == "bfloat16" else None
     losses, norms, state = plain(alone(dtype, model), follow) if follow else plain_model(dtype, tuple(model.items()))
