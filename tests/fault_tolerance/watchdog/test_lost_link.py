@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,27 @@ ROOT = Path(__file__).parents[3]
 pytestmark = [pytest.mark.skipif(bool(NONE), reason=f"no network namespaces here: {NONE}"), pytest.mark.timeout(300)]
 
 
-@pytest.mark.parametrize("how", ["both", "one_way"])
-def test_the_rank_behind_the_lost_link_is_named(tmp_path: Path, how: str) -> None:
-    command = ["unshare", "-rn", sys.executable, "-m", "tests.fault_tolerance.watchdog.cut_link", str(tmp_path), how]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    failure = json.loads(done.stdout.splitlines()[-1])
+WAYS = ("both", "one_way")
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """By how the link is lost. Both are under way at once, since they do little but wait."""
+    with ExitStack() as stack:
+        started = {}
+        for how in WAYS:
+            folder = str(tmp_path_factory.mktemp(how))
+            command = ["unshare", "-rn", sys.executable, "-m", "tests.fault_tolerance.watchdog.cut_link", folder, how]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            started[how] = stack.enter_context(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
+        yield started
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_the_rank_behind_the_lost_link_is_named(scripts: dict[str, subprocess.Popen[str]], how: str) -> None:
+    out, err = scripts[how].communicate()
+    assert scripts[how].returncode == 0, err
+    failure = json.loads(out.splitlines()[-1])
     report = Path(failure["cause"].rsplit("report: ", 1)[1]).read_text()
     assert failure["rank"] == 3, report
     assert "not acknowledged" in failure["cause"]
