@@ -1,7 +1,7 @@
 """What the ranks run in the launcher's own tests, in place of the trainer: steps that only communicate and sleep.
 
-Not collected by pytest. `run.name` says how it misbehaves: raise2 raises on rank 2 in step 3; deaf never stops; leave2
-ends the process of rank 2 there with exit code 9; child has a child process and says at the end whether that still runs.
+Not collected by pytest. `run.name` says how it misbehaves: raise2 raises on rank 2 in step 3; deaf never stops; leave1
+ends the process of rank 1 there with exit code 9; child has a child process and says at the end whether that still runs.
 """
 
 import gc

@@ -19,6 +19,10 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 pytestmark = [LINUX, pytest.mark.timeout(300)]
 
 
+TWO = ("parallel.data=2", "parallel.pipeline=1")
+"""Two ranks, whose start takes half as long as that of four."""
+
+
 def pids(ranks):
     return [rank["pid"] for rank in ranks]
 
@@ -113,8 +117,8 @@ def test_a_killed_worker_is_named_and_takes_the_others_along_within_2_seconds(st
 @pytest.mark.parametrize("way", ["ctrl-c", "sigusr1"])
 def test_a_request_to_stop_ends_at_a_step_with_code_75(start, gone, way):
     """Within 2 seconds, where a step is short and there is nothing to save."""
-    run = start()
-    ranks = run.started()
+    run = start(*TWO)
+    ranks = run.started(ranks=2)
     if way == "ctrl-c":
         run.interrupt()
     else:
@@ -128,10 +132,10 @@ def test_a_request_to_stop_ends_at_a_step_with_code_75(start, gone, way):
 def test_a_run_listens_on_the_loopback_alone(start, monkeypatch):
     """Also where the machine's settings name an interface for runs on several machines."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", outside_interface() or "lo")
-    run = start()
-    run.started()
+    run = start(*TWO)
+    run.started(ranks=2)
     found = listening(run.process.pid)
-    assert len({pid for pid, _ in found}) == 1 + 4, "the launcher's store, and Gloo in each rank"
+    assert len({pid for pid, _ in found}) == 1 + 2, "the launcher's store, and Gloo in each rank"
     assert set(found.values()) == {"127.0.0.1"}
     run.process.send_signal(signal.SIGTERM)
     assert run.end()[0] == 75
@@ -139,7 +143,7 @@ def test_a_run_listens_on_the_loopback_alone(start, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["gloo", "simulated"])
 def test_a_request_to_stop_that_comes_while_it_starts_ends_it_with_code_75(start, backend):
-    run = start(f"comm.backend={backend}", cold=True)
+    run = start(*TWO, f"comm.backend={backend}", cold=True)
     run.until(lambda: catches(run.process.pid, signal.SIGTERM))  # from there on it imports torch
     run.process.send_signal(signal.SIGTERM)
     code, _, err = run.end()
@@ -148,7 +152,7 @@ def test_a_request_to_stop_that_comes_while_it_starts_ends_it_with_code_75(start
     assert last.startswith("bagualu: stopped: asked to stop before anything was trained; nothing was done yet, ")
     assert not (run.folder / "metrics.jsonl").exists()
     typed = last.split("start again with ")[1]
-    code, _, err = start(f"comm.backend={backend}", "train.steps=3", typed).end()
+    code, _, err = start(*TWO, f"comm.backend={backend}", "train.steps=3", typed).end()
     assert code == 0, err
     assert "at step 3" in err
 
@@ -157,17 +161,17 @@ def test_a_request_to_stop_that_comes_while_it_starts_ends_it_with_code_75(start
 def test_what_is_sent_to_the_whole_process_group_stops_workers_at_a_step_and_spares_their_children(start, number):
     """Ctrl-C in a terminal and the program `timeout` signal the whole process group. What a worker has started, such as a compiler,
     must survive that, because the worker still needs it to finish its step."""
-    run = start("run.name=child")
-    run.started()
+    run = start(*TWO, "run.name=child")
+    run.started(ranks=2)
     os.killpg(run.process.pid, number)
     code, _, err = run.end()
     assert code == 75, err
-    assert [(run.folder / f"child-{rank}").read_text() for rank in range(4)] == ["None"] * 4
+    assert [(run.folder / f"child-{rank}").read_text() for rank in range(2)] == ["None"] * 2
 
 
 def test_ctrl_z_suspends_the_workers_too(start, gone):
-    run = start()
-    ranks = run.started()
+    run = start(*TWO)
+    ranks = run.started(ranks=2)
     everybody = [run.process.pid, *pids(ranks)]
     os.killpg(run.process.pid, signal.SIGTSTP)
     _until_all(everybody, lambda status: status == psutil.STATUS_STOPPED)
@@ -188,10 +192,10 @@ def _until_all(processes, condition):
 
 @pytest.mark.parametrize("backend", ["gloo", "simulated"])
 def test_a_second_ctrl_c_ends_a_run_that_will_not_stop(start, gone, backend):
-    run = start("run.name=deaf", f"comm.backend={backend}")
-    ranks = run.started()
+    run = start(*TWO, "run.name=deaf", f"comm.backend={backend}")
+    ranks = run.started(ranks=2)
     run.interrupt()
-    run.started(step=len((run.folder / "metrics.jsonl").read_text().splitlines()) + 5)  # it does not listen
+    run.started(2, step=len((run.folder / "metrics.jsonl").read_text().splitlines()) + 5)  # it does not listen
     run.interrupt()
     code, _, err = run.end()
     assert code == 1
@@ -214,8 +218,8 @@ def test_no_process_outlives_a_killed_launcher_by_2_seconds(start, gone, referen
 
 
 def test_the_folder_in_memory_is_gone_with_a_killed_launcher(start, gone):
-    run = start()
-    ranks = run.started()
+    run = start(*TWO)
+    ranks = run.started(ranks=2)
     run.process.kill()
     folder, deadline = Path(ranks[0]["scratch"]), time.monotonic() + 20
     while folder.exists():
@@ -269,9 +273,9 @@ def _read(terminal):
 
 
 def test_a_worker_that_ends_without_a_word_is_named(start):
-    code, _, err = start("run.name=leave2", "restart.limit=0").end()
+    code, _, err = start(*TWO, "run.name=leave1", "restart.limit=0").end()
     assert code == 1
-    assert "rank 2, step 3, data: ended with exit code 9" in err.splitlines()[-1]
+    assert "rank 1, step 3, data: ended with exit code 9" in err.splitlines()[-1]
 
 
 def test_a_rank_that_fails_again_and_again_is_left_out_of_an_elastic_run(start, reference):
