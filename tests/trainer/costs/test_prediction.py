@@ -83,6 +83,7 @@ def test_state_is_predicted_to_the_byte(ranks: int, changes: dict[str, object]) 
         assert sum(said.values()) > sum(held.values())
 
 
+SIZES = {"model__hidden": 64, "model__ffn": 160, "model__vocab": 512, "data__sequence_length": 128}
 WHOLE = {"parallel__bucket_bytes": ParallelConfig.bucket_bytes}  # fsdp has no buckets
 LIBRARY = [
     {**WHOLE, "parallel__engine": "fsdp", "train__dtype": "float64"},
@@ -100,8 +101,8 @@ LIBRARY = [
 @pytest.mark.parametrize("changes", LIBRARY, ids=named)
 def test_other_engines_take_what_is_predicted_but_for_padding_and_buffers_of_their_own(changes: dict[str, object]) -> None:
     """Their gradients do not exist before the first step."""
-    sizes = {"model__hidden": 64, "model__ffn": 160, "model__vocab": 512, "data__sequence_length": 128}
-    for held, peak, said in run("gloo", 4, counted, small_recipe(**sizes, **changes)):
+    two_a_stage = 2 * small_recipe(**changes).parallel.pipeline
+    for held, peak, said in run("gloo", 4, counted, small_recipe(model__layers=two_a_stage, **SIZES, **changes)):
         for kind in (PARAMETERS, MASTERS, MOMENTS):
             assert said[kind] == pytest.approx(held[kind], rel=0.02), kind
         least = 0.9 if "deepspeed" in changes.values() else 0.8
@@ -148,18 +149,18 @@ TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch
         (1, {"train__offload_bytes": 2**30}),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 2}),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 3}),
-        *((1, {**changes, "train__dtype": "float32"}) for changes in STYLED.values()),
-        *(  # each on one of two layouts, and on the other where slow tests run
-            pytest.param(2, {**changes, **layout}, marks=[pytest.mark.slow] * (number % 2 != turn))
-            for turn, layout in enumerate(({"parallel__zero": 3, "train__dtype": "bfloat16"}, SEQUENCE))
+        *(  # each on one of three layouts, and on the others where slow tests run
+            pytest.param(ranks, {**changes, **layout}, marks=[pytest.mark.slow] * (number % 3 != turn))
+            for turn, (ranks, layout) in enumerate(
+                ((1, {"train__dtype": "float32"}), (2, {"parallel__zero": 3, "train__dtype": "bfloat16"}), (2, SEQUENCE))
+            )
             for number, changes in enumerate(STYLED.values())
         ),
     ],
     ids=named,
 )
 def test_the_peak_is_predicted(ranks: int, changes: dict[str, object]) -> None:
-    sizes = {"model__hidden": 64, "model__ffn": 160, "model__vocab": 512, "data__sequence_length": 128}
-    recipe = small_recipe(**{"parallel__bucket_bytes": 2**17, **sizes, **changes})
+    recipe = small_recipe(**{"parallel__bucket_bytes": 2**17, "data__global_batch": 4, **SIZES, **changes})
     results = run("gloo", ranks, counted, recipe)
     for _, peak, said in results:
         assert sum(said.values()) == pytest.approx(peak, rel=0.05)
