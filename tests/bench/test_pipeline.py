@@ -26,7 +26,7 @@ def test_a_schedule_is_a_contestant() -> None:
     entry = parse("bagualu-zb_h1", cores=2)
     assert (entry.name, entry.axis) == ("bagualu-zb_h1@2x1", "pipeline")
     words = overrides(entry, "bench_dense")
-    assert {"parallel.pipeline=2", "parallel.schedule=zb_h1", "parallel.balance=measured", "train.micro_batch=1"} <= set(words)
+    assert {"parallel.pipeline=2", "parallel.schedule=zb_h1", "parallel.balance=measured", "train.micro_batch=auto"} <= set(words)
     assert parse("bagualu-zb_h1-compiled@1x1", cores=2).compiled
     with pytest.raises(ValueError, match="no variant 'zb_h9'"):
         parse("bagualu-zb_h9", cores=2)

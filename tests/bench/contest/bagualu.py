@@ -11,14 +11,14 @@ from contest.team import Sample
 
 
 def overrides(entry: Entry, recipe: str) -> list[str]:
-    """How the recipe is changed for `entry`. A data rank gets one micro-batch; a pipeline, split by measured costs, one for each
-    sequence."""
+    """How the recipe is changed for `entry`. A data rank gets one micro-batch; the layers and the micro-batches of a pipeline are
+    split by measured costs."""
     data_ranks = entry.processes if entry.axis in ("data", "expert") else 1
     pipeline = entry.axis == "pipeline"
     changed = [
         f"launch.workers={entry.processes}",
         f"launch.threads={entry.threads}",
-        f"train.micro_batch={1 if pipeline else SHAPES[recipe].batch // data_ranks}",
+        f"train.micro_batch={'auto' if pipeline else SHAPES[recipe].batch // data_ranks}",
         f"train.compile={str(entry.compiled).lower()}",
     ]
     if pipeline:

@@ -92,9 +92,10 @@ def deepspeed_zero(stage: int, shape: Shape, precision: str) -> Step:
 
 BUILDERS: dict[str, Callable[..., Step]] = {
     "ddp": ddp, "fsdp": fsdp, "deepspeed": partial(deepspeed_zero, 1), "deepspeed2": partial(deepspeed_zero, 2),
-    "deepspeed3": partial(deepspeed_zero, 3), "torchtp": tensor_parallel, "torchpp": pipeline_parallel,
+    "deepspeed3": partial(deepspeed_zero, 3), "torchtp": tensor_parallel, "torchpp": partial(pipeline_parallel, 1),
+    "torchpp2": partial(pipeline_parallel, 2),
 }  # fmt: skip
-SHARE_THE_MODEL = ("torchtp", "torchpp")
+SHARE_THE_MODEL = ("torchtp", "torchpp", "torchpp2")
 """Every process sees the whole batch; under the others each has its part of it."""
 
 

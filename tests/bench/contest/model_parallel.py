@@ -43,14 +43,15 @@ def tensor_parallel(shape: Shape, precision: str) -> Step:
     return step
 
 
-def pipeline_parallel(shape: Shape, precision: str) -> Step:
-    """Two stages under 1F1B, one sequence a micro-batch."""
+def pipeline_parallel(sequences: int, shape: Shape, precision: str) -> Step:
+    """Two stages under 1F1B, so many sequences a micro-batch."""
     stage, stages = dist.get_rank(), dist.get_world_size()
     assert stages == 2, "the split over stages is given for two"
     part = _Stage(build_model(shape, precision), STAGE_LAYERS[shape.layers], stage)
     parameters = list(part.parameters())
     optimizer = _SplitAdamW(parameters, [True] * len(parameters))
-    schedule = Schedule1F1B(PipelineStage(part, stage, stages, torch.device("cpu")), n_microbatches=shape.batch, loss_fn=token_loss)
+    pipeline_stage = PipelineStage(part, stage, stages, torch.device("cpu"))
+    schedule = Schedule1F1B(pipeline_stage, n_microbatches=shape.batch // sequences, loss_fn=token_loss)
 
     def step(inputs: Tensor, labels: Tensor) -> float:
         losses: list[Tensor] = []
