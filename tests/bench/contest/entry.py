@@ -9,7 +9,8 @@ from bagualu.parallel.pipeline.registry import SCHEDULES
 PLAIN = ("plain", "plainpad")
 """Loops in one process; plainpad pads the rows of experts to a multiple of 64."""
 BASELINES = (*PLAIN, "ddp", "fsdp", "deepspeed", "deepspeed2", "deepspeed3", "torchtp", "torchpp", "torchpp2")
-"""fsdp is ZeRO-3; deepspeed is ZeRO-1, or the stage that follows its name. torchpp has one sequence in a micro-batch, torchpp2 two."""
+"""fsdp is ZeRO-3; deepspeed is ZeRO-1, or the stage that follows its name. torchpp has one sequence in a micro-batch,
+torchpp2 has two."""
 COMPILED = (*PLAIN, "ddp", "fsdp", "bagualu")
 """Programs that are measured compiled too."""
 AXES = ("data", "tensor", "pipeline", "expert")
