@@ -1,6 +1,8 @@
 """Samples during training: the same text on every layout and engine, and a state that does not feel them."""
 
+import functools
 import shutil
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -89,13 +91,30 @@ ENGINES: list[dict[str, object]] = [
 ]
 
 
+WHOLE = {"parallel__bucket_bytes": ParallelConfig.bucket_bytes}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[[str], tuple[float, list[str]]]:
+    """alone(dtype) -> the loss and the samples of a run of one process, which is trained once."""
+
+    @functools.cache
+    def of(dtype: str) -> tuple[float, list[str]]:
+        folder = tmp_path_factory.mktemp("alone")
+        ((loss, wanted),) = run("gloo", 1, sampled, recipe_in(folder, text, train__dtype=dtype, **WHOLE))
+        assert len(wanted) >= 4
+        return loss, wanted
+
+    return of
+
+
 @pytest.mark.parametrize("layout", ENGINES, ids=str)
-def test_other_engines_make_up_the_same_samples_and_train_on(tmp_path: Path, text: Path, layout: dict[str, object]) -> None:
+def test_other_engines_make_up_the_same_samples_and_train_on(
+    tmp_path: Path, text: Path, layout: dict[str, object], alone: Callable[[str], tuple[float, list[str]]]
+) -> None:
     dtype = "float32" if layout["parallel__engine"] == "deepspeed" else "float64"
-    fixed = {"train__dtype": dtype, "parallel__bucket_bytes": ParallelConfig.bucket_bytes}
-    ((loss, wanted),) = run("gloo", 1, sampled, recipe_in(tmp_path / "alone", text, **fixed))
-    assert len(wanted) >= 4
-    recipe = recipe_in(tmp_path / "run", text, **fixed, **layout)
+    loss, wanted = alone(dtype)
+    recipe = recipe_in(tmp_path / "run", text, train__dtype=dtype, **WHOLE, **layout)
     found = run("gloo", recipe.world_size(), sampled, recipe)
     assert [lines for _, lines in found] == [wanted] + [[]] * (recipe.world_size() - 1)
     assert [loss for loss, _ in found] == pytest.approx([loss] * len(found), rel=1e-9 if dtype == "float64" else 2e-5)
