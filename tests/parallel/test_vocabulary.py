@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from bagualu.comm.group import Communicator
 from bagualu.parallel import vocabulary
+from bagualu.parallel.config import HEAD_CHUNK_TOKENS
 from bagualu.parallel.vocabulary import IGNORED, linear_cross_entropy, sharded_embedding
 from tests.harness import BACKENDS, run
 
@@ -92,3 +93,21 @@ def test_without_gradients_the_loss_makes_none(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch, "zeros_like", None)  # what the gradient of the weight would be made with
     with torch.no_grad():
         linear_cross_entropy(x, weight, torch.zeros(7, dtype=torch.int64), ROWS)
+
+
+@pytest.mark.parametrize("tokens", [5, HEAD_CHUNK_TOKENS + 3], ids=["one chunk", "two chunks"])
+def test_the_gradient_of_the_weight_is_as_wide_as_its_bucket(tokens: int) -> None:
+    """To add a bfloat16 gradient to a float32 one, torch would widen the whole of it, in as much memory again."""
+    added: list[torch.dtype] = []
+
+    class Sink:
+        def add(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
+            added.append(gradient.dtype)
+
+        def settle(self) -> None:
+            """Nothing is being reduced."""
+
+    x, weight = (torch.randn(n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (tokens, 24))
+    weight.gradient_sink = Sink()
+    linear_cross_entropy(x, weight, torch.arange(tokens) % 20, 20).backward()
+    assert added == [torch.float32]
