@@ -25,10 +25,10 @@ _KEY = "train.micro_batch"
 _USABLE = 0.8
 """The fraction of a device's memory that the choice counts on; the rest is for the system, communication libraries and what a
 prediction leaves out."""
-_PASS_TOKENS = 100.0
+_PASS_TOKENS = 80.0
 """Estimate: the time that a pass takes besides that of its tokens, as the number of tokens that take as long. bench_dense trains
 with 256 tokens in a pass at 0.89 of the speed that it has with 2,048 on two cores of an AMD EPYC, and at two thirds of it on two of
-a Xeon with AMX: 40 and 160 tokens."""
+a Xeon with AMX: 40 and 160 tokens; this is their geometric mean. On the EPYC, zb_v over two ranks is quickest with 512."""
 
 
 def choose_micro_batch(recipe: Recipe, world: int, device: Device | None, before: int | None = None) -> Recipe:
