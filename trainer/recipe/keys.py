@@ -3,7 +3,7 @@
 import functools
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
@@ -37,8 +37,9 @@ def options(group: str) -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def keys() -> dict[str, Any]:
-    """Returns every leaf key with its type, e.g. {"model.moe.experts": int}."""
+@functools.cache
+def keys() -> Mapping[str, Any]:
+    """Returns every leaf key with its type, e.g. {"model.moe.experts": int}. It is always the same mapping."""
     return {key: hint for key, hint, _ in _leaves(Recipe)}
 
 
@@ -109,8 +110,9 @@ def check_override(override: Override, own_recipes: bool = False) -> None:
     return _check_values(override, value)
 
 
-def _sections() -> set[str]:
-    return {name.rsplit(".", count)[0] for name in keys() for count in range(1, name.count(".") + 1)}
+@functools.cache
+def _sections() -> frozenset[str]:
+    return frozenset(name.rsplit(".", count)[0] for name in keys() for count in range(1, name.count(".") + 1))
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -143,7 +145,8 @@ def _check_values(override: Override, value: Any) -> None:
     if keys().get(key) is bool and not isinstance(value, bool | str):
         raise RecipeError(f"{override.input_line}: {key} takes true or false, not {given}")
     try:
-        OmegaConf.update(_copy(key.split(".")[0]), key, value, merge=True)
+        copy, name = _copy(key)
+        OmegaConf.update(copy, name, value, merge=True)
     except (OmegaConfBaseException, ValueError) as error:
         if key not in keys():
             raise RecipeError(f"{override.input_line}: {str(error).splitlines()[0]}; give the keys one by one") from error
@@ -151,9 +154,12 @@ def _check_values(override: Override, value: Any) -> None:
         raise RecipeError(f"{override.input_line}: {key} takes {_expected(keys()[key])}, not {given}{example}") from error
 
 
-def _copy(section: str) -> DictConfig:
-    """Returns a copy of the schema of a section, on which to try a value without affecting the next try."""
-    return OmegaConf.masked_copy(schema(), section)
+def _copy(key: str) -> tuple[DictConfig, str]:
+    """Returns a copy of the schema of this key alone, on which to try a value without affecting the next try, and its name there. A
+    copy of all its section would take longer than the rest of the check."""
+    section, _, name = key.rpartition(".")
+    inside: Any = OmegaConf.select(schema(), section) if section else schema()
+    return DictConfig({name: inside._get_node(name)}), name  # which copies the node, with its type
 
 
 def _expected(hint: Any) -> str:
