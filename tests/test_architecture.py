@@ -34,6 +34,7 @@ READS_ENVIRONMENT = {
     "trainer/process/environment.py",  # allocator settings a person has made
     "trainer/__main__.py",  # starts itself again with its environment as it should be
     "trainer/user_settings.py",  # where caches lie, which compiler
+    "trainer/operators/kept_code.py",  # tells a library of kernels an address
     "trainer/engine/deepspeed_library.py",  # which chip DeepSpeed is to use, and the rank on it
     "launch/workers/run.py",  # the environment that workers are started in
     "launch/workers/fork_server.py",  # tells the fork server whose it is
@@ -110,6 +111,7 @@ DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from
     "launch/verbs/schedule.py": {"bagualu.parallel.pipeline.draw_svg", "bagualu.trainer.recipe.compose"},  # matplotlib; Hydra
     "launch/verbs/command_line.py": {"bagualu.trainer.recipe.keys"},  # Hydra
     "launch/workers/run.py": {"bagualu.launch.workers", "bagualu.trainer.output.progress"},
+    "trainer/operators/kernel.py": {"bagualu.trainer.operators.inductor"},  # torch's compiler
     "trainer/__main__.py": {"torch", "bagualu.trainer.process.worker"},
 }
 
@@ -207,7 +209,8 @@ PRIVATE_NAMES_OF_TORCH = {
     "trainer/conversion/torch_checkpoint.py": {"_StorageInfo"},
     "trainer/costs/tensor_memory.py": {"_python_dispatch", "_disable_current_modes"},
     "trainer/operators/attention.py": {"_softmax_backward_data"},
-    "trainer/operators/kernel.py": {"_dynamo", "_inductor"},  # their settings
+    "trainer/operators/inductor.py": {"_dynamo", "_guards", "_inductor", "_subclasses"},  # torch's compiler
+    "trainer/operators/kept_code.py": {"_C", "_dynamo", "_torchinductor_pyobject_tensor_data_ptr"},  # what kernels are told
     "trainer/operators/packed.py": {"_reorder_linear_weight", "_linear_pointwise"},
     "trainer/optim/rules.py": {"_fused_adamw_"},
     "trainer/simulation/operators.py": {"_python_dispatch"},
@@ -284,7 +287,7 @@ def test_the_files_of_a_run_are_named_once():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.strip("/").split("/")[0] in names
     ]
-    caches = ("data/corpus_cache", "data/scan", "operators/compiled")
+    caches = ("data/corpus_cache", "data/scan", "operators/compiled", "operators/kept_code")
     elsewhere = {(".lock", f"trainer/{each}.py") for each in caches}
     assert set(spelt) - elsewhere == {(one, "fault_tolerance/run_directory.py") for one in names}
     script = (ROOT / "launch/batch/job.sh").read_text()

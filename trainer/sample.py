@@ -2,9 +2,6 @@
 
 import sys
 import textwrap
-from contextlib import nullcontext
-
-import torch
 
 from bagualu.comm.monitor import Phase
 from bagualu.parallel.vocabulary import IGNORED
@@ -18,6 +15,7 @@ from bagualu.trainer.generation.generate import generate
 from bagualu.trainer.generation.request import Sampling
 from bagualu.trainer.generation.stages import Stages
 from bagualu.trainer.generation.text import GrowingText
+from bagualu.trainer.operators.kernel import left_to_functions
 
 _TOKENS = 48
 
@@ -36,8 +34,7 @@ def show_sample(state: TrainerState, step: int) -> None:
     sampling = Sampling(max_new_tokens=count, temperature=0.8, top_p=0.95, seed=state.recipe.run.seed)
     text = GrowingText(None, prompt, sampling.max_new_tokens, end_tokens=() if end is None else (end,))
     stages = Stages(state.recipe, state.mesh, state.engine.model, state.engine.slices)
-    # Compiling for every length of the cache would take far longer than the sample.
-    with torch.compiler.set_stance("force_eager") if state.recipe.generates else nullcontext():
+    with left_to_functions():  # generating kernels for each length of a prompt would take far longer than the sample
         generate(stages, [prompt], [text], sampling)
     if state.mesh.at("world") == 0:
         words = load_tokenizer(path).decode([*prompt, *text.tokens], skip_special_tokens=not state.corpus.conversations)

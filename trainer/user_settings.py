@@ -11,6 +11,12 @@ def default_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "bagualu"
 
 
+def kernels_folder() -> Path:
+    """Returns the folder for generated kernels, which torch's variable TORCHINDUCTOR_CACHE_DIR names."""
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    return Path(named) if named else default_cache() / "kernels"
+
+
 def cpp_compiler() -> str | None:
     """Returns the path of the C++ compiler for kernels: g++ or, as for torch's compiler, the one that the variable CXX
     names; None if there is none."""

@@ -26,7 +26,7 @@ from bagualu.trainer.recipe.config import Recipe
 
 _ELASTIC = "torch.distributed.elastic.multiprocessing"
 _COMPILER = "torch._dynamo"
-"""Module that torch.compile and recomputation import. Importing it once in the fork server saves each worker a second."""
+"""Module that recomputation imports. Importing it once in the fork server saves each worker a second."""
 
 
 def run(
@@ -59,8 +59,7 @@ def run(
             summary.begins()
         if not threaded:
             needed = ["bagualu.launch.workers.worker_process", _ELASTIC, entrypoint.split(":")[0]]
-            compiler = recipe.generates or recipe.train.recompute != "none"
-            fork_server.start([*needed, _COMPILER] if compiler else needed, folder)
+            fork_server.start([*needed, _COMPILER] if recipe.train.recompute != "none" else needed, folder)
         with uncollected():
             from bagualu.launch.workers import processes, threads  # they import torch, while the fork server does the same
 

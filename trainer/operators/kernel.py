@@ -10,70 +10,120 @@ still go straight to their buckets, and a schedule may take the backward pass in
 """
 
 import logging
-from collections.abc import Callable
-from functools import cache, cached_property
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
 
 from bagualu.parallel.precision import dispatch_mode
+from bagualu.trainer.operators import kept_code
+from bagualu.trainer.operators.form import Form, form_of
+from bagualu.trainer.operators.identity import identity_of
 
 log = logging.getLogger(__name__)
 
-_MOST_SHAPES = 64
-"""How many kernels are generated of one function at most, for different dtypes, strides or constants. A size that changes costs one
-more kernel, which takes all sizes."""
+_MOST_FORMS = 64
+"""How many kernels are generated of one function at most, for different dtypes, sizes, strides or constants."""
+_MOST_SHAPES = 4096
+"""For how many shapes it is known at a time which kernel takes them."""
+_COMPILING = threading.RLock()
+"""Held while the compiler is at work, which is not made for several threads."""
+
+_PLAIN = torch.Tensor, torch.nn.Parameter
+_LEFT_TO_FUNCTIONS: ContextVar[bool] = ContextVar("kernels are left to their functions", default=False)
+
+Call = Callable[[Sequence[Any]], Any]
 
 
 class Kernel:
     """Calls a function of tensors and numbers, without effects, by way of the kernel that is generated from it.
 
     Once the compiler has failed, and within a dispatch mode, which must see each operation, it calls the function itself. A mode
-    with a method `as_one_kernel` gets the kernel and its arguments instead."""
+    with a method `as_one_kernel` gets the kernel and its arguments instead. Tensors of other classes than torch's own, such as
+    DTensor, are left to the function too.
+    """
 
-    def __init__(self, function: Callable[..., Any], dynamic: bool | None = None) -> None:
-        self.function, self.dynamic = function, dynamic
+    def __init__(self, function: Callable[..., Any], all_sizes: bool = False) -> None:
+        self.function, self.all_sizes = function, all_sizes
         self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__.removeprefix('_')}"
         self._failed = False
+        self._calls: dict[Hashable, Call] = {}
+        """By dtypes, devices, shapes and strides of tensors, numbers, and settings of torch: what the generated code depends on."""
+        self._forms: dict[Hashable, Call] = {}
+        """The same for tensors of all sizes that one kernel takes."""
 
     def __call__(self, *given: Any) -> Any:
         if (mode := dispatch_mode()) is not None:
             as_one = getattr(mode, "as_one_kernel", None)
             return self.function(*given) if as_one is None else as_one(self, given)
-        if self._failed:
+        if self._failed or _LEFT_TO_FUNCTIONS.get() or not _is_plain(given):
             return self.function(*given)
+        call = self._calls.get(key := _key(given)) or self._generated(key, given)
+        if not torch.is_grad_enabled():  # as within an autograd function
+            return call(given)
         with torch.no_grad():
-            try:
-                return self._compiled(*given)
-            except Exception as error:
-                if not _of_compiler(error):
-                    raise
-                self._failed = True
-                log.warning("torch's compiler fails for %s (%s); it is not compiled from now on", self.name, _first_line(error))
-                return self.function(*given)
-
-    @cached_property
-    def _compiled(self) -> Callable[..., Any]:
-        torch._dynamo.config.recompile_limit = _MOST_SHAPES  # torch loads the compiler here: two seconds
-        torch._inductor.config.cpp.vec_isa_ok = True  # that the CPU has AVX-512 is else tried out in each process: a second
-        return torch.compile(self.function, fullgraph=True, dynamic=self.dynamic)
+            return call(given)
 
     @property
     def is_generated(self) -> bool:
         """Whether calls have been computed by a generated kernel, all of them."""
-        return "_compiled" in self.__dict__ and not self._failed
+        return bool(self._calls) and not self._failed
+
+    def _generated(self, key: Hashable, given: Sequence[Any]) -> Call:
+        """Returns what calls the kernel for these arguments, which is generated unless there is one; the function if that fails."""
+        form = form_of(given, self.all_sizes)
+        with _COMPILING:
+            call = self._forms.get(settings_and_form := (_settings(), form))
+            if call is None and not self._failed:
+                call = self._forms[settings_and_form] = self._generate(given, form)
+            if call is None or self._failed:
+                return self._plain
+            if len(self._calls) >= _MOST_SHAPES:
+                self._calls.clear()
+            self._calls[key] = call
+            return call
+
+    def _generate(self, given: Sequence[Any], form: Form) -> Call:
+        try:
+            if len(self._forms) >= _MOST_FORMS:
+                raise RuntimeError(f"{_MOST_FORMS} different shapes, strides or constants")
+            depends_on = identity_of(self.function), form, _settings()
+            code = kept_code.load_or_make(depends_on, lambda: _compile(self.function, given, form))
+        except Exception as error:
+            self.function(*given)  # raises, if the mistake is in the function or in its arguments
+            self._failed = True
+            log.warning("torch's compiler fails for %s (%s); it is not compiled from now on", self.name, _first_line(error))
+            return self._plain
+        return code.on_arguments
+
+    def _plain(self, given: Sequence[Any]) -> Any:
+        return self.function(*given)
 
 
 def kernel(function: Callable[..., Any]) -> Kernel:
-    """Returns the kernel of a function that computes each element for itself; a decorator. A second size of its tensors has a
-    kernel for all sizes generated, which gives the same bits."""
-    return Kernel(function)
+    """Returns the kernel of a function that computes each element for itself; a decorator. One kernel is generated for all sizes of
+    the leading dimensions of its tensors, those that are 1 apart."""
+    return Kernel(function, all_sizes=True)
 
 
 def kernel_with_sums(function: Callable[..., Any]) -> Kernel:
     """Does the same for a function that adds elements up. Each size has a kernel of its own, since the order of sums may depend on
     it; were a kernel for all sizes generated later, a run that resumes would have other bits."""
-    return Kernel(function, dynamic=False)
+    return Kernel(function)
+
+
+@contextmanager
+def left_to_functions() -> Iterator[None]:
+    """Within this context, the functions of kernels compute in the thread, and no kernel is generated."""
+    token = _LEFT_TO_FUNCTIONS.set(True)
+    try:
+        yield
+    finally:
+        _LEFT_TO_FUNCTIONS.reset(token)
 
 
 @cache
@@ -89,11 +139,28 @@ def _twice(x: torch.Tensor) -> torch.Tensor:
     return x + x
 
 
+def _compile(function: Callable[..., Any], given: Sequence[Any], form: Form) -> Any:
+    from bagualu.trainer.operators import inductor
+
+    return inductor.compile_function(function, form, form.sizes_in(given))
+
+
+def _is_plain(given: Sequence[Any]) -> bool:
+    return all(type(value) in _PLAIN or not isinstance(value, torch.Tensor) for value in given)
+
+
+def _key(given: Sequence[Any]) -> Hashable:
+    return (*_settings(), *(
+        (value.dtype, value.device, value.shape, value.stride()) if isinstance(value, torch.Tensor) else (type(value), value)
+        for value in given
+    ))  # fmt: skip
+
+
+def _settings() -> tuple[int, bool]:
+    """Returns the settings of torch on which generated code depends."""
+    return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+
+
 def _first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _of_compiler(error: Exception) -> bool:
-    """Returns whether an error comes from torch's compiler, rather than from the kernel that it has generated."""
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
