@@ -78,7 +78,7 @@ class Bucket:
     """The working weights. If `kept` is not None, they have memory only while they are used (gather.py)."""
     gradients: torch.Tensor
     """The gradients of this rank. If `reduced` is not None, they exist only while those of a micro-batch are being added, and are
-    empty in between."""
+    empty in between. In a step with one micro-batch, those of a bucket that is not partitioned are empty until one is added."""
     reduced: torch.Tensor | None = None
     """Under ZeRO-2 and 3, this rank's shard of the gradients of all ranks, summed over the micro-batches so far. None: the
     gradients of all micro-batches are added to `gradients`, and the shard is a part of them."""

@@ -67,7 +67,10 @@ class GradientReducer:
                 sink.view = _gradient_of(entry, bucket)
 
     def begin(self, micro_batches: int) -> None:
-        """Prepares for a step with `micro_batches` backward passes for each parameter. Call it before the first backward pass."""
+        """Prepares for a step with `micro_batches` backward passes for each parameter. Call it before the first forward pass.
+
+        If there is one backward pass, gradients of the step before are freed where no other rank reads them, so that activations
+        can take their memory until the backward pass needs it again."""
         for sink in self._sinks():
             sink.fresh = True
         self._begun = 0
@@ -75,6 +78,8 @@ class GradientReducer:
             bucket.pending = sum(entry.uses for entry in bucket.entries)
             if bucket.reduced is None:
                 bucket.pending *= micro_batches
+                if micro_batches == 1 and not bucket.partitioned:
+                    self._free(bucket)
             else:
                 bucket.reductions = micro_batches
                 bucket.reduced.zero_()
@@ -82,6 +87,9 @@ class GradientReducer:
     def finish(self) -> None:
         """Finishes all reductions; call it after the last backward pass. Then `shard_gradients` of every bucket is the gradient
         summed over micro-batches and ranks."""
+        for bucket in self.buckets:
+            if bucket.reduced is None:
+                self.prepare(bucket)
         for sink in self._sinks():
             if sink.fresh:  # its parameter took no part in this step's loss
                 sink.view.zero_()
@@ -141,14 +149,22 @@ class GradientReducer:
 
     def prepare(self, bucket: Bucket) -> None:
         """Allocates the gradients of a bucket that has none. Call before a gradient is added to it."""
-        if bucket.reduced is not None and not bucket.gradients.numel():
+        if bucket.gradients.numel():
+            return
+        if bucket.reduced is not None:
             while self._in_flight and self._held_in_flight() + _gradient_bytes(bucket) > self._most_held:
                 self._add_oldest()
-            bucket.gradients = bucket.reduced.new_empty(bucket.weights.numel())
-            last = bucket.entries[-1]
-            bucket.gradients[last.start + last.parameter.numel() :].zero_()  # padding
-            for entry, sink in self._sinks_of[id(bucket)]:
-                sink.view, sink.fresh = _gradient_of(entry, bucket), True
+        bucket.gradients = bucket.gradients.new_empty(bucket.weights.numel())
+        last = bucket.entries[-1]
+        bucket.gradients[last.start + last.parameter.numel() :].zero_()  # padding
+        for entry, sink in self._sinks_of[id(bucket)]:
+            sink.view, sink.fresh = _gradient_of(entry, bucket), True
+
+    def _free(self, bucket: Bucket) -> None:
+        """Frees the gradients of a bucket."""
+        bucket.gradients = bucket.gradients.new_empty(0)
+        for _, sink in self._sinks_of[id(bucket)]:
+            sink.view = bucket.gradients
 
     def _reduce_part(self, bucket: Bucket) -> None:
         """Starts to reduce the gradients that were added since the bucket's last reduction, and releases them afterwards.

@@ -1,7 +1,8 @@
 """The gradient buckets of a rank, computed from shapes as parallel/data/bucket.py builds them, and what their reductions hold.
 
 Under ZeRO-2 and 3, the gradients of a bucket exist from the first gradient that is added to them until they are reduced; a bucket
-in reduction also receives the other ranks' parts. Under ZeRO-3, the weights of a unit (embedding, a layer, the last norm, the head)
+in reduction also receives the other ranks' parts. In a step with one micro-batch, the gradients of a bucket that is not partitioned
+exist from the first one until the next step. Under ZeRO-3, the weights of a unit (embedding, a layer, the last norm, the head)
 are gathered while it computes, and so are those of the unit that comes next.
 """
 
@@ -96,6 +97,9 @@ class Transfers:
     forward: Counter[int]
     backward: Counter[int]
 
+    def plus(self, other: "Transfers") -> "Transfers":
+        return Transfers(self.forward + other.forward, self.backward + other.backward)
+
 
 def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: Layers, passes: int, keep_bytes: int = 0) -> Transfers:
     """Returns what a rank that holds these layers holds for transfers during the last of `passes` backward passes of a step. Up to
@@ -124,6 +128,17 @@ def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: Layers, pas
     forward = Counter({unit: in_flight + gathered(unit, following) for unit, following in after})
     backward = Counter(dict.fromkeys(units, gathered()) | {unit: gathered(unit, following) for unit, following in below})
     return Transfers(forward, reducing.most + backward)
+
+
+def begun_gradients(work: ModelWork, buckets: list[PlannedBucket], layers: Layers) -> tuple[Transfers, int]:
+    """Returns, for a step with one micro-batch, the bytes of those gradients that do not exist before the backward pass, by unit as
+    far as they exist when the unit's backward pass is done; and the bytes of all of them."""
+    late = [bucket for bucket in buckets if bucket.trained and (bucket.ranks == 1 or work.zero == 0)]
+    sizes = [bucket.padded * work.accurate_bytes for bucket in late]
+    order = [EMBEDDING, EMBEDDING_NORM, *layers, work.model.layers, work.model.layers + 1]
+    begins = [max((order.index(unit) for unit in bucket.units), default=0) for bucket in late]
+    backward = {unit: sum(size for size, begin in zip(sizes, begins, strict=True) if begin >= i) for i, unit in enumerate(order)}
+    return Transfers(Counter(), Counter(backward)), sum(sizes)
 
 
 def unit_transfers(work: ModelWork, layers: Layers) -> Transfers:

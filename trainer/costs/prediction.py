@@ -1,7 +1,8 @@
 """Predicts the most memory that each rank of a run takes, by kind, from the recipe alone.
 
 The prediction has the state of each rank (state.py, with the padding of buckets.py), and the schedule's moment at which
-activations take most (activations.py, parallel/balance/stages). It leaves out what a transport keeps for itself, such as NCCL's
+activations take most (activations.py, parallel/balance/stages). Gradients that do not exist at that moment count as if they did,
+and only what activations take beyond them counts as activations. It leaves out what a transport keeps for itself, such as NCCL's
 buffers, the copies for checkpoints that are written in the background, and the matrices that muon brings together. Of FSDP2's own
 buffers it has only those of `unit_transfers`, so a run with this engine may take more.
 """
@@ -25,6 +26,7 @@ from bagualu.trainer.costs.analytic import analytic_table
 from bagualu.trainer.costs.buckets import (
     PlannedBucket,
     Transfers,
+    begun_gradients,
     buckets_state,
     plan_buckets,
     reductions_at_the_end,
@@ -85,12 +87,16 @@ def predict(recipe: Recipe, layout: Layout, split: Split, schedule: Schedule, mi
         if work.engine == "deepspeed":
             state[COMMUNICATION] += deepspeed_buffers(work, _zero_optimization(recipe, layout))
         pieces = tuple(problem.pieces(slices))
-        alone = problem.transient_bytes(rank, pieces)
+        late, unused = Transfers(Counter(), Counter()), 0
+        if native and (micro_batches or schedule.micro_batches) == 1:  # activations take the memory of gradients before these exist
+            late, unused = begun_gradients(work, buckets, layers)
+        whole = problem.with_table(_with_transfers(work, table, late)) if unused else problem
+        alone = whole.transient_bytes(rank, pieces) - unused
         together = 0
         for first, of in passes.items():  # in the first backward pass of a step, no reductions of another are in progress
             moved = _moved(recipe, work, buckets, layers, 1 if first else 2, spare[rank])
-            moving = problem.with_table(_with_transfers(work, table, moved))
-            together = max(together, moving.transient_bytes(rank, pieces, passes=of[rank]))
+            moving = problem.with_table(_with_transfers(work, table, moved.plus(late)))
+            together = max(together, moving.transient_bytes(rank, pieces, passes=of[rank]) - unused)
         messages = 2 * table.output_bytes if layout.pipeline > 1 else 0  # one that is sent and one that is received
         state[ACTIVATIONS] += max(alone, _update_bytes(work, recipe.optim, buckets))
         if work.on_cpu:

@@ -139,6 +139,47 @@ def test_gradients_are_summed_and_those_of_skipped_parameters_are_zero(backend: 
     run(backend, size, reduced, zero)
 
 
+def held_in_a_step(communicator: Communicator, zero: int, micro_batches: int) -> list[bool]:
+    """Whether the buckets have gradients after an earlier step, when the next one has begun, in its backward pass, and after it;
+    padding is zero."""
+    model, buckets, reducer = built(communicator, zero, WIDTH * WIDTH * 8)
+    seen: list[bool] = []
+
+    def look() -> None:
+        matrices = [bucket for bucket in buckets if bucket.entries[0].name != "scale"]
+        seen.append(any(bucket.gradients.numel() for bucket in matrices))
+        seen.append(all(bucket.gradients.numel() for bucket in matrices))
+
+    for _ in range(2):
+        seen.clear()
+        look()
+        reducer.begin(micro_batches)
+        look()
+        x = torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True)
+        for _ in range(micro_batches):
+            first = torch.tanh(x @ model.weights[0].T)
+            first.register_hook(lambda _: look())
+            rest = first
+            for weight in list(model.weights)[1:]:
+                rest = torch.tanh(rest @ weight.T)
+            (rest.sum() * model.scale.sum()).backward()
+        reducer.finish()
+        look()
+        for bucket in buckets:
+            padded = bucket.gradients[bucket.entries[-1].start + bucket.entries[-1].parameter.numel() :]
+            assert (padded == 0).all()
+    return seen
+
+
+@pytest.mark.parametrize(("size", "zero", "freed"), [(1, 1, True), (2, 0, True), (2, 1, False)])
+def test_gradients_leave_their_memory_to_the_only_forward_pass(size: int, zero: int, freed: bool) -> None:
+    before, begun, in_backward, after = [True] * 2, [False] * 2 if freed else [True] * 2, [True, not freed], [True] * 2
+    for seen in run("simulated", size, held_in_a_step, zero, 1):
+        assert seen == [*before, *begun, *in_backward, *after]
+    for seen in run("simulated", size, held_in_a_step, zero, 2):
+        assert all(seen), "gradients of the first micro-batch stay for the second"
+
+
 def steps_of_one_who_reads_late(communicator: Communicator) -> None:
     model, buckets, reducer = built(communicator, 1, 2**20)
     assert all(bucket.lent for bucket in buckets)

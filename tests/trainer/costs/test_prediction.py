@@ -123,6 +123,14 @@ def counted(communicator: Communicator, recipe: Recipe) -> tuple[dict[str, int],
 SEQUENCE = {"parallel__tensor": 2, "parallel__sequence": True}
 TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch": 4}
 """Both micro-batches are in flight only before the first backward pass, when no gradients are in reduction."""
+ONE_BATCH = {"train__micro_batch": 8, "train__dtype": "float32", "data__sequence_length": 32}
+ONE_BATCHES: list[tuple[int, dict[str, object]]] = [
+    (1, {}), (1, {"data__sequence_length": 8}), (1, {**TIED, "train__dtype": "bfloat16"}),
+    (1, {**WHOLE, "train__recompute": "full"}), (2, {"parallel__pipeline": 2, **MIXTURE}),
+    (2, {"parallel__data": 2, "parallel__zero": 0, "train__micro_batch": 4}),
+    (2, {"parallel__data": 2, "parallel__zero": 2, "train__micro_batch": 4, "train__dtype": "bfloat16"}),
+]  # fmt: skip
+"""Gradients take as much as activations, which use their memory before the backward pass."""
 
 
 @pytest.mark.parametrize(
@@ -136,6 +144,7 @@ TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch
         (2, {"parallel__pipeline": 2, "parallel__balance": [1.5, 2.5], "train__recompute": "attention", "train__dtype": "float32"}),
         (2, {"parallel__pipeline": 2, "parallel__balance": [2.5, 1.5], **MIXTURE}),
         (1, {**FROZEN, **TIED, **MIXTURE}),
+        *((ranks, {**ONE_BATCH, **changes}) for ranks, changes in ONE_BATCHES),
         (1, {**LORA, "train__dtype": "float32"}),
         (1, {**LORA, **MIXTURE, "train__dtype": "bfloat16", "train__micro_batch": 2}),
         (2, {**LORA, "parallel__tensor": 2, "parallel__sequence": True, **MIXTURE}),
@@ -165,6 +174,6 @@ def test_the_peak_is_predicted(ranks: int, changes: dict[str, object]) -> None:
     for _, peak, said in results:
         assert sum(said.values()) == pytest.approx(peak, rel=0.05)
     most = fullest([said for *_, said in results])
-    assert most[ACTIVATIONS] > 0
+    assert most[ACTIVATIONS] > 0 or changes.keys() >= ONE_BATCH.keys()
     assert most[BUFFERS] > 0
     assert (most[COMMUNICATION] > 0) == (recipe.parallel.pipeline > 1 or recipe.parallel.zero_stage >= 2)
