@@ -60,4 +60,4 @@ def _with_files(compiled: Any, code: Code, form: Form) -> Generated:
     if "extern_kernels." in text:
         return Generated(code, None, [])
     kernels = [one for one in vars(module).values() if isinstance(one, BuiltinFunctionType) and one.__name__ == "kernel"]
-    return Generated(code, text, [Path(str(one.__self__.__file__)) for one in kernels])  # type: ignore[union-attr]
+    return Generated(code, text, [Path(str(vars(one.__self__)["__file__"])) for one in kernels])

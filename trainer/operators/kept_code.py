@@ -133,7 +133,7 @@ class _Imports:
 
     def _next_kernel(self, *source: Any) -> Any:
         path = next(self._libraries)
-        os.environ[_ADDRESS] = str(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)
+        os.environ[_ADDRESS] = str(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)  # type: ignore[attr-defined]
         loader = ExtensionFileLoader(f"{path.parent.name}-{path.stem}.kernel", str(path))
         spec = spec_from_loader(loader.name, loader)
         assert spec is not None

@@ -123,12 +123,12 @@ def counted(communicator: Communicator, recipe: Recipe) -> tuple[dict[str, int],
 SEQUENCE = {"parallel__tensor": 2, "parallel__sequence": True}
 TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch": 4}
 """Both micro-batches are in flight only before the first backward pass, when no gradients are in reduction."""
-ONE_BATCH = {"train__micro_batch": 8, "train__dtype": "float32", "data__sequence_length": 32}
+ONE_BATCH = {"data__global_batch": 8, "train__micro_batch": 8, "train__dtype": "float32", "data__sequence_length": 32}
 ONE_BATCHES: list[tuple[int, dict[str, object]]] = [
     (1, {}), (1, {"data__sequence_length": 8}), (1, {**TIED, "train__dtype": "bfloat16"}),
     (1, {**WHOLE, "train__recompute": "full"}), (2, {"parallel__pipeline": 2, **MIXTURE}),
-    (2, {"parallel__data": 2, "parallel__zero": 0, "train__micro_batch": 4}),
-    (2, {"parallel__data": 2, "parallel__zero": 2, "train__micro_batch": 4, "train__dtype": "bfloat16"}),
+    (2, {"parallel__data": 2, "parallel__zero": 0, "data__global_batch": 8, "train__micro_batch": 4}),
+    (2, {"parallel__data": 2, "parallel__zero": 2, "data__global_batch": 8, "train__micro_batch": 4, "train__dtype": "bfloat16"}),
 ]  # fmt: skip
 """Gradients take as much as activations, which use their memory before the backward pass."""
 
