@@ -14,6 +14,10 @@ class Products:
     Rows are multiplied in their dtype, to which a weight in another one is cast.
     """
 
+    def computes(self, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> bool:
+        """Returns whether this class has functions of its own for such a layer. Else a run does not measure it."""
+        return True
+
     def outputs(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, into: torch.Tensor | None = None
     ) -> torch.Tensor:

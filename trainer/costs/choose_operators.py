@@ -29,9 +29,9 @@ from bagualu.trainer.operators.usual import usual_variant
 from bagualu.trainer.recipe.config import Recipe
 
 LEAST_SECONDS = 0.03
-"""An operator is measured only if its calls are estimated to take a rank this long in a step. Measuring takes up to a second, which
-a gain of a tenth wins back in some hundred steps. The number of steps does not count: the choice would depend on it, and so would
-the bits of a run that is continued beyond its first end."""
+"""An operator is measured only if its calls are estimated to take a rank this long in a step. Measuring takes a second or two,
+which a gain of a tenth wins back in some hundred steps. The number of steps does not count: the choice would depend on it, and so
+would the bits of a run that is continued beyond its first end."""
 log = logging.getLogger(__name__)
 
 

@@ -28,6 +28,8 @@ class PreparedCall:
 
     run: Callable[[Callable[..., Any]], torch.Tensor]
     inputs: list[torch.Tensor]
+    measures: Callable[[Any], bool] = lambda variant: True
+    """Returns whether a variant is worth measuring: it has something of its own for this call."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def _linear(shape: LinearShape, dtype: torch.dtype, device: torch.device, draw: 
         products.add_weight_gradient(gradient, columns, rows, fresh=False)
         return columns
 
-    return PreparedCall(run, [])
+    return PreparedCall(run, [], lambda products: products.computes(dtype, shape.rows, shape.inputs, shape.outputs))
 
 
 _PREPARE: dict[str, Callable[..., PreparedCall]] = {

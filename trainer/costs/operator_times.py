@@ -17,7 +17,7 @@ from bagualu.trainer.costs.throughput import synchronize
 from bagualu.trainer.operators.operator_set import is_usable, variant_of
 from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, GENERATED, variants
 
-FORMAT = 2
+FORMAT = 3
 """A number in the KEY of a cache file. Raise it when what is measured, or how it is measured, changes."""
 BUDGET_SECONDS = 0.3
 """About the time that the rounds of a case take together, after the first calls."""
@@ -72,9 +72,13 @@ def measure(
     """Returns the seconds of each variant of `loaded` but those that fail, which are logged; `default` may not fail.
 
     They take turns for 3 to 30 rounds, as many as fit into about `budget_seconds`. The least time of each counts, since what
-    disturbs the machine only adds to it; the first calls, which may be slow, do not count."""
+    disturbs the machine only adds to it; the first calls, which may be slow, do not count. A variant that leaves the call to the
+    default has the same time."""
     times: dict[str, list[float]] = {}
+    alike = [name for name, variant in loaded.items() if name != default and not call.measures(variant)]
     for name, variant in loaded.items():
+        if name in alike:
+            continue
         try:
             _seconds(call, variant, device)
             times[name] = []
@@ -88,7 +92,8 @@ def measure(
             break
         for name, taken in times.items():
             taken.append(_seconds(call, loaded[name], device))
-    return {name: min(taken) for name, taken in times.items()}
+    least = {name: min(taken) for name, taken in times.items()}
+    return {**least, **dict.fromkeys(alike, least[default])}
 
 
 def _seconds(call: PreparedCall, variant: Callable[..., Any], device: torch.device) -> float:

@@ -15,8 +15,9 @@ import torch
 NEXT = "next"
 """A stride that is the stride of the next dimension times its size. Other strides are fixed."""
 _LARGE = 2**16, 2**31
-"""From how many elements on code is of another kind: for several threads (torch._inductor.config.cpp.min_chunk_size), and with
-indices of 64 bits on a GPU."""
+"""From how many elements on code is of another kind: for several threads, and with indices of 64 bits on a GPU."""
+_LEAST_OF_A_THREAD = 512
+"""The elements that a thread gets at least (torch._inductor.config.cpp.min_chunk_size)."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class TensorForm:
 
 @dataclass(frozen=True)
 class Form:
-    """The forms of tensors, and the other arguments themselves with the names of their types."""
+    """The forms of tensors, and the other arguments themselves with the names of their types and their text."""
 
-    arguments: tuple[TensorForm | tuple[str, Any], ...]
-    magnitude: int = 0
-    """How many of the limits from which code is of another kind the largest tensor reaches, where sizes vary."""
+    arguments: tuple[TensorForm | tuple[str, Any, str], ...]
+    magnitude: tuple[int, ...] = ()
+    """Where sizes vary: how many of the limits from which code is of another kind the largest tensor reaches, and the sizes, up to
+    twice the number of threads. By these the code's loops are divided among threads."""
 
     def given(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """Returns all arguments, with `tensors` in the places of tensors."""
@@ -68,10 +70,14 @@ def form_of(given: Sequence[Any], all_sizes: bool) -> Form:
     fixed = {size for tensor in tensors for dim, size in enumerate(tensor.shape) if not all_sizes or not _may_vary(tensor, dim)}
     names: dict[int, str] = {}
     arguments = tuple(
-        _tensor_form(value, fixed, names) if isinstance(value, torch.Tensor) else (type(value).__name__, value) for value in given
+        _tensor_form(value, fixed, names) if isinstance(value, torch.Tensor) else (type(value).__name__, value, repr(value))
+        for value in given
     )
-    largest = max((tensor.numel() for tensor in tensors), default=0) if names else 0
-    return Form(arguments, sum(largest >= limit for limit in _LARGE))
+    if not names:
+        return Form(arguments)
+    largest, threads = max(tensor.numel() for tensor in tensors), torch.get_num_threads()
+    limits = (*_LARGE, threads * _LEAST_OF_A_THREAD)
+    return Form(arguments, (sum(largest >= limit for limit in limits), *(min(size, 2 * threads) for size in names)))
 
 
 def _may_vary(tensor: torch.Tensor, dim: int) -> bool:

@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
+
 
 def identity_of(function: Callable[..., Any]) -> list[str]:
     """Returns the code of a function, and of the functions of other packages than torch that it calls by their names, with the
-    values that they use: global ones, defaults and variables of functions around them. Raises TypeError for a name whose code is
-    not looked at: an object of its own, such as a module that is not torch's."""
+    values that they use: global ones, defaults and variables of functions around them. Raises TypeError if they use something else
+    by its name, such as a tensor or a module that is not torch's."""
     found: dict[str, None] = {}
     _add(function, found)
     return list(found)
@@ -23,12 +25,12 @@ def _add(function: Any, found: dict[str, None]) -> None:
     found[text] = None
     used = {name: function.__globals__[name] for name in sorted(_names(code)) if name in function.__globals__}
     for name, value in [*used.items(), *zip(code.co_freevars, cells, strict=True)]:
-        if _is_torchs(value):
-            continue
-        if isinstance(value, FunctionType):
-            _add(value, found)
-        elif isinstance(value, _PLAIN) or type(value).__module__ == "torch":  # such as a dtype
+        if isinstance(value, (*_PLAIN, torch.dtype, torch.device)):
             found[f"{text} uses {name} = {value!r}"] = None
+        elif isinstance(value, FunctionType) and not _is_torchs(value):
+            _add(value, found)
+        elif not isinstance(value, torch.Tensor) and _is_torchs(value):
+            continue
         else:
             raise TypeError(f"{function.__qualname__} uses {name}, which is no function, number, text or part of torch")
 

@@ -59,6 +59,8 @@ class Generated:
     """The libraries of the kernels in C++, in the order in which the module loads them."""
 
 
+FORMAT = 1
+"""A number in KEY. Raise it when what is kept, or how code is generated (inductor.py), changes."""
 _ADDRESS = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 """The environment variable in which a library of kernels expects the address of torch's function that returns a tensor's memory."""
 
@@ -66,7 +68,9 @@ _ADDRESS = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 def load_or_make(depends_on: tuple[Any, ...], make: Callable[[], Generated]) -> Code:
     """Returns the code that is kept for what it `depends_on`, besides torch, Python and the CPU; if there is none, keeps what
     `make` returns, unless it cannot be kept. Raises what `make` raises."""
-    everything = repr((depends_on, torch.__version__, platform.python_version(), _cpu()))
+    everything = repr(
+        (FORMAT, depends_on, torch.__version__, platform.python_version(), torch.backends.cpu.get_cpu_capability(), _cpu())
+    )
     folder = kernels_folder() / f"code-{hashlib.blake2b(everything.encode(), digest_size=16).hexdigest()}"
     if (code := _load(folder)) is not None:
         return code

@@ -42,9 +42,9 @@ Call = Callable[[Sequence[Any]], Any]
 class Kernel:
     """Calls a function of tensors and numbers, without effects, by way of the kernel that is generated from it.
 
-    Once the compiler has failed, and within a dispatch mode, which must see each operation, it calls the function itself. A mode
-    with a method `as_one_kernel` gets the kernel and its arguments instead. Tensors of other classes than torch's own, such as
-    DTensor, are left to the function too.
+    Once the compiler has failed, it calls the function itself for shapes that have no kernel yet. In a dispatch mode, which must
+    see each operation, it always does; a mode with a method `as_one_kernel` gets the kernel and its arguments instead. Tensors of
+    other classes than torch's own, such as DTensor, are left to the function too.
     """
 
     def __init__(self, function: Callable[..., Any], all_sizes: bool = False) -> None:
@@ -60,7 +60,7 @@ class Kernel:
         if (mode := dispatch_mode()) is not None:
             as_one = getattr(mode, "as_one_kernel", None)
             return self.function(*given) if as_one is None else as_one(self, given)
-        if self._failed or _LEFT_TO_FUNCTIONS.get() or not _is_plain(given):
+        if _LEFT_TO_FUNCTIONS.get() or not _is_plain(given):
             return self.function(*given)
         call = self._calls.get(key := _key(given)) or self._generated(key, given)
         if not torch.is_grad_enabled():  # as within an autograd function
@@ -70,18 +70,18 @@ class Kernel:
 
     @property
     def is_generated(self) -> bool:
-        """Whether calls have been computed by a generated kernel, all of them."""
-        return bool(self._calls) and not self._failed
+        """Whether generated kernels have been called, and none was missing."""
+        return bool(self._calls) and not self._failed and self._plain not in self._forms.values()
 
     def _generated(self, key: Hashable, given: Sequence[Any]) -> Call:
         """Returns what calls the kernel for these arguments, which is generated unless there is one; the function if that fails."""
         form = form_of(given, self.all_sizes)
         with _COMPILING:
             call = self._forms.get(settings_and_form := (_settings(), form))
-            if call is None and not self._failed:
+            if call is None and self._failed:
+                call = self._plain
+            elif call is None:
                 call = self._forms[settings_and_form] = self._generate(given, form)
-            if call is None or self._failed:
-                return self._plain
             if len(self._calls) >= _MOST_SHAPES:
                 self._calls.clear()
             self._calls[key] = call
@@ -95,8 +95,9 @@ class Kernel:
             code = kept_code.load_or_make(depends_on, lambda: _compile(self.function, given, form))
         except Exception as error:
             self.function(*given)  # raises, if the mistake is in the function or in its arguments
+            what = "other shapes of it are" if self._forms else "it is"  # those that have kernels keep them, and so their bits
             self._failed = True
-            log.warning("torch's compiler fails for %s (%s); it is not compiled from now on", self.name, _first_line(error))
+            log.warning("torch's compiler fails for %s (%s); %s not compiled from now on", self.name, _first_line(error), what)
             return self._plain
         return code.on_arguments
 
@@ -151,7 +152,7 @@ def _is_plain(given: Sequence[Any]) -> bool:
 
 def _key(given: Sequence[Any]) -> Hashable:
     return (*_settings(), *(
-        (value.dtype, value.device, value.shape, value.stride()) if isinstance(value, torch.Tensor) else (type(value), value)
+        (value.dtype, value.device, value.shape, value.stride()) if isinstance(value, torch.Tensor) else (type(value), repr(value))
         for value in given
     ))  # fmt: skip
 

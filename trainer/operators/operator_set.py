@@ -41,13 +41,18 @@ def operator_set(config: OperatorsConfig, chip: str, here: bool = True) -> Opera
     return OperatorSet(**chosen)
 
 
-def variant_of(operator: str, variant: str, chip: str, here: bool = True) -> Callable[..., Any]:
+def variant_of(operator: str, variant: str, chip: str, here: bool = True) -> Any:
     """Returns the variant, with the operator's default in its place for arguments that it does not take. Raises RecipeError if the
     chip has it not or, `here`, if this machine lacks something for it."""
     found: Callable[..., Any] = load_variant(operator, variant, chip)
     if here and (lacked := _lacked(found)) is not None:
         raise RecipeError(f"operators.{operator}={variant} needs {lacked}, which this machine has not; provide it, or give "
                           f"operators.{operator}={AUTO}")  # fmt: skip
+    if operator == "linear":
+        if isinstance(found, Products):
+            return found
+        raise RecipeError(f"operators.linear={variant} is registered as {found!r}; it must be an object of the class "
+                          "bagualu.parallel.products.Products or a subclass")  # fmt: skip
     return _OrDefault(found, load_variant(operator, DEFAULT_VARIANTS[operator], chip)) if hasattr(found, "takes") else found
 
 

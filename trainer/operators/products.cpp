@@ -2,8 +2,8 @@
 // packed into the layout that these read, and weight gradients are added in float32 where they belong. products.py compiles this file
 // and calls it.
 //
-// Each element is one thread's, and its sum has a fixed order, so results do not depend on the number of threads, nor those of a row
-// on the other rows.
+// One thread computes an element, by a sum in a fixed order. So results do not depend on the number of threads, and the result for a
+// row does not depend on the other rows.
 //
 // Shapes: N rows (tokens), I input width, O output width, both multiples of 32.
 
@@ -193,8 +193,8 @@ void add_weight_gradient(int64_t tokens, int64_t outputs, int64_t inputs, Matrix
 
 }  // namespace
 
-// Writes rows [N, I] times the transposed of weight [O, I], plus `bias` [O] unless it is null, to result [N, O]. What is smaller is
-// packed.
+// Writes rows [N, I] times the transposed of weight [O, I], plus `bias` [O] unless it is null, to result [N, O]. The
+// weight is packed or, if there are fewer rows than outputs and their number is a multiple of 32, the rows.
 extern "C" const char* linear_outputs(int64_t tokens, int64_t outputs, int64_t inputs, const Matrix* rows, const Matrix* weight,
                                       const Half* bias, const Matrix* result) {
   return guarded([&] {

@@ -63,12 +63,15 @@ class ProductsInTiles(HalfKernels, Products):
         self.run("weight_gradient", *_sizes(*sizes), _matrix(columns), _matrix(rows), _data(total), not fresh)
         return None
 
+    def computes(self, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> bool:
+        fits = rows >= _LEAST_ROWS and outputs > 0 < inputs  # with a width of 0 there is nothing to add up
+        return fits and dtype == torch.bfloat16 and outputs % _MULTIPLE == inputs % _MULTIPLE == 0
+
     def _multiply(self, tokens: int, outputs: int, inputs: int, **matrices: torch.Tensor | None) -> bool:
         """Returns whether the kernels multiply these matrices: rows [N, I], columns [N, O] and weight [O, I]."""
         shapes = {"rows": (tokens, inputs), "columns": (tokens, outputs), "weight": (outputs, inputs)}
         return (
-            tokens >= _LEAST_ROWS
-            and outputs % _MULTIPLE == inputs % _MULTIPLE == 0
+            self.computes(torch.bfloat16, tokens, inputs, outputs)
             and all(x is None or (x.shape == shapes[name] and _lies_in_rows(x)) for name, x in matrices.items())
             and self.library is not None
         )
@@ -83,7 +86,8 @@ def _with_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _lies_in_rows(x: torch.Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return plain and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1
 
 
 def _sizes(*sizes: int) -> list[ctypes.c_int64]:

@@ -1,7 +1,8 @@
 """The variants of the model's operators: those of this package, and those that other installed packages have registered. Does not
 import torch.
 
-An operator is a function that the model computes, such as attention. A variant is one way to compute it. Each has an entry named
+An operator is a function that the model computes, such as attention; `linear` is three, the methods of
+`parallel.products.Products`. A variant is one way to compute it. Each has an entry named
 OPERATOR.VARIANT, or OPERATOR.VARIANT.CHIP if only that chip has it (cpu, cuda, or the type that torch gives to the devices of
 another accelerator): this package's in `_OWN`, others' under the entry point group `bagualu.operators`. The entry is a function;
 what it is given and returns is said by the operator's default in `OperatorSet` (operator_set.py). It may have an attribute `takes`,

@@ -29,6 +29,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subp
             command = ["unshare", "-rn", sys.executable, "-m", "tests.fault_tolerance.watchdog.cut_link", folder, how]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             started[how] = stack.enter_context(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
+            stack.callback(started[how].kill)
         yield started
 
 

@@ -232,6 +232,8 @@ def check_linear(products: Products, dtype: torch.dtype, device: torch.device) -
         (32, 64, 96),
         (130, 160, 288),
         (2100, 32, 64),
+        (40, 32, 0),
+        (320, 64, 2112),
         (0, 32, 32),
     ):
         x, weight, columns = draw(rows, inputs + 8), draw(outputs, inputs, seed=1), draw(rows, outputs + 8, seed=2)

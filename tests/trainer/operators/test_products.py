@@ -2,12 +2,17 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bagualu.comm.errors import RecipeError
 from bagualu.parallel.products import Products, torch_products
 from bagualu.trainer.costs.choose_operators import choose_operators
+from bagualu.trainer.costs.operator_cases import LinearShape, OperatorCalls
+from bagualu.trainer.costs.operator_times import measure
+from bagualu.trainer.operators import operator_set
 from bagualu.trainer.operators.products import ProductsInTiles, products_in_tiles
 from tests.harness import run
 from tests.parity import small_recipe, train
@@ -136,6 +141,23 @@ def test_they_are_measured_where_products_take_long(tmp_path: Path) -> None:
     recipe = small_recipe(comm__backend="gloo", **large, **folders)
     ((chosen, _),) = run("gloo", 1, choose, recipe)
     assert chosen.operators["linear"].seconds.keys() == {"tiles", "torch"}
+
+
+@can
+def test_where_they_leave_the_product_to_torch_they_are_not_measured(kernels: list[str]) -> None:
+    cases = [OperatorCalls("linear", LinearShape(*sizes), dtype, 1, 1.0) for *sizes, dtype in (
+        (64, 64, 64, "float32"), (31, 64, 64, "bfloat16"), (64, 64, 72, "bfloat16"))]  # fmt: skip
+    both: dict[str, Any] = {"tiles": products_in_tiles, "torch": torch_products}
+    for case in cases:
+        times = measure(case.prepare(torch.device("cpu")), both, "torch", torch.device("cpu"), budget_seconds=0)
+        assert times["tiles"] == times["torch"]
+    assert not kernels
+
+
+def test_what_is_no_such_object_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator_set, "load_variant", lambda *named: print)
+    with pytest.raises(RecipeError, match=r"operators.linear=odd is registered as .*; it must be an object of the class bagualu"):
+        operator_set.variant_of("linear", "odd", "cpu")
 
 
 def choose(communicator: object, recipe: object) -> object:
