@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,17 @@ _COMPILER = "a C++ compiler that works (g++, or what the variable CXX names)"
 log = logging.getLogger(__name__)
 
 
-class HalfKernels:
+class HalfKernels(ABC):
     """The functions of a C++ file, which is compiled when they are first needed. Each returns null, or a message if it fails."""
 
     source: Path
     name: str
     """What the functions compute, for messages."""
 
-    def try_out(self, library: ctypes.CDLL) -> None:
-        """Calls a function of the library, which has just been loaded. Raises CompileError if it does not work with torch as it
-        is."""
-        raise NotImplementedError
+    @abstractmethod
+    def try_out(self, library: ctypes.CDLL) -> str | None:
+        """Calls a function of the library, which has just been loaded, and returns its message if it does not work with torch as
+        it is."""
 
     def lacks(self) -> str | None:
         """Returns what the kernels need and this machine has not; None if nothing."""
@@ -48,7 +49,8 @@ class HalfKernels:
         """The compiled functions; None, and a line is logged, if they cannot be had."""
         try:
             library = load_compiled(self.source, _OPTIONS)
-            self.try_out(library)
+            if (failed := self.try_out(library)) is not None:
+                raise CompileError(failed.partition("\n")[0])
         except CompileError as error:
             log.warning("%s cannot be compiled (%s); torch's kernel takes its place", self.name, error)
             return None
@@ -66,3 +68,8 @@ def message_of(function: Any, *given: Any) -> str | None:
     function.restype = ctypes.c_char_p
     failed: bytes | None = function(*given)
     return None if failed is None else failed.decode(errors="replace")
+
+
+def address(x: torch.Tensor) -> ctypes.c_void_p:
+    """Returns the address of a tensor's first element, as an argument of a function of a library."""
+    return ctypes.c_void_p(x.data_ptr())

@@ -71,7 +71,7 @@ class Kernel:
     @property
     def is_generated(self) -> bool:
         """Whether generated kernels have been called, and none was missing."""
-        return bool(self._calls) and not self._failed and self._plain not in self._forms.values()
+        return bool(self._calls) and not self._failed
 
     def _generated(self, key: Hashable, given: Sequence[Any]) -> Call:
         """Returns what calls the kernel for these arguments, which is generated unless there is one; the function if that fails."""

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from bagualu.parallel.products import Products
-from bagualu.trainer.operators.compiled import CompileError
-from bagualu.trainer.operators.half_kernels import HalfKernels, message_of
+from bagualu.trainer.operators.half_kernels import HalfKernels, address, message_of
 
 _MULTIPLE = 32
 """Widths have to be multiples of this (kStep in products.cpp)."""
@@ -25,11 +24,9 @@ class ProductsInTiles(HalfKernels, Products):
     source = Path(__file__).with_suffix(".cpp")
     name = "linear layers in tiles"
 
-    def try_out(self, library: ctypes.CDLL) -> None:
+    def try_out(self, library: ctypes.CDLL) -> str | None:
         tried = torch.zeros(_LEAST_ROWS, _MULTIPLE, dtype=torch.bfloat16)
-        failed = message_of(library.linear_outputs, *_sizes(*tried.shape, _MULTIPLE), *[_matrix(tried)] * 2, None, _matrix(tried))
-        if failed is not None:
-            raise CompileError(failed.partition("\n")[0])
+        return message_of(library.linear_outputs, *_sizes(*tried.shape, _MULTIPLE), *[_matrix(tried)] * 2, None, _matrix(tried))
 
     def outputs(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, into: torch.Tensor | None = None
@@ -37,10 +34,10 @@ class ProductsInTiles(HalfKernels, Products):
         flat = rows.reshape(-1, rows.shape[-1])
         sizes = len(flat), *weight.shape
         plain = bias is None or (bias.dtype == rows.dtype and bias.shape == weight.shape[:1] and bias.stride(0) == 1)
-        if not (plain and self._multiply(*sizes, rows=flat, weight=weight, columns=into)):
+        if not (plain and self._takes(*sizes, rows=flat, weight=weight, columns=into)):
             return super().outputs(rows, weight, bias, into)
         result = flat.new_empty(len(flat), len(weight)) if into is None else into
-        added = None if bias is None else _data(bias)
+        added = None if bias is None else address(bias)
         self.run("linear_outputs", *_sizes(*sizes), _matrix(flat), _matrix(weight), added, _matrix(result))
         return result.view(*rows.shape[:-1], len(weight))
 
@@ -49,7 +46,7 @@ class ProductsInTiles(HalfKernels, Products):
     ) -> torch.Tensor:
         columns, result = _with_rows(columns), into if total is None else total
         sizes = len(columns), *weight.shape
-        if not self._multiply(*sizes, rows=result, weight=weight, columns=columns):
+        if not self._takes(*sizes, rows=result, weight=weight, columns=columns):
             return super().plus_input_gradient(total, columns, weight, into)
         result = columns.new_empty(len(columns), weight.shape[1]) if result is None else result
         self.run("input_gradient", *_sizes(*sizes), _matrix(columns), _matrix(weight), total is not None, _matrix(result))
@@ -58,16 +55,16 @@ class ProductsInTiles(HalfKernels, Products):
     def add_weight_gradient(self, total: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor, fresh: bool) -> None:
         columns, rows, sizes = _with_rows(columns), _with_rows(rows), (len(rows), *total.shape)
         wide = total.dtype == torch.float32 and total.is_contiguous()
-        if not (wide and self._multiply(*sizes, rows=rows, columns=columns)):
+        if not (wide and self._takes(*sizes, rows=rows, columns=columns)):
             return super().add_weight_gradient(total, columns, rows, fresh)
-        self.run("weight_gradient", *_sizes(*sizes), _matrix(columns), _matrix(rows), _data(total), not fresh)
+        self.run("weight_gradient", *_sizes(*sizes), _matrix(columns), _matrix(rows), address(total), not fresh)
         return None
 
     def computes(self, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> bool:
         fits = rows >= _LEAST_ROWS and outputs > 0 < inputs  # with a width of 0 there is nothing to add up
         return fits and dtype == torch.bfloat16 and outputs % _MULTIPLE == inputs % _MULTIPLE == 0
 
-    def _multiply(self, tokens: int, outputs: int, inputs: int, **matrices: torch.Tensor | None) -> bool:
+    def _takes(self, tokens: int, outputs: int, inputs: int, **matrices: torch.Tensor | None) -> bool:
         """Returns whether the kernels multiply these matrices: rows [N, I], columns [N, O] and weight [O, I]."""
         shapes = {"rows": (tokens, inputs), "columns": (tokens, outputs), "weight": (outputs, inputs)}
         return (
@@ -97,7 +94,3 @@ def _sizes(*sizes: int) -> list[ctypes.c_int64]:
 def _matrix(x: torch.Tensor) -> Any:
     """Returns a Matrix of products.cpp."""
     return (ctypes.c_int64 * 2)(x.data_ptr(), x.stride(0))
-
-
-def _data(x: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from bagualu.trainer.operators.compiled import CompileError
-from bagualu.trainer.operators.half_kernels import HalfKernels, message_of
+from bagualu.trainer.operators.half_kernels import HalfKernels, address, message_of
 from bagualu.trainer.operators.usual import tiles_compute
 
 
@@ -23,12 +22,10 @@ class AttentionTiles(HalfKernels):
     source = Path(__file__).with_suffix(".cpp")
     name = "attention in tiles"
 
-    def try_out(self, library: ctypes.CDLL) -> None:
+    def try_out(self, library: ctypes.CDLL) -> str | None:
         library.attention_workspace.restype = ctypes.c_int64
         tried, statistic = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16), torch.empty(1)
-        failed = message_of(library.attention_forward, _shape(tried, tried), *[_heads(tried)] * 4, _data(statistic))
-        if failed is not None:
-            raise CompileError(failed.partition("\n")[0])
+        return message_of(library.attention_forward, _shape(tried, tried), *[_heads(tried)] * 4, address(statistic))
 
     def takes(
         self,
@@ -64,7 +61,7 @@ class _InTiles(torch.autograd.Function):
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         query, key, value = (_contiguous_heads(t) for t in (query, key, value))
         output, statistics = _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-        attention_tiles.run("attention_forward", _shape(query, key), *map(_heads, (query, key, value, output)), _data(statistics))
+        attention_tiles.run("attention_forward", _shape(query, key), *map(_heads, (query, key, value, output)), address(statistics))
         ctx.save_for_backward(query, key, value, output, statistics)
         return output
 
@@ -73,7 +70,7 @@ class _InTiles(torch.autograd.Function):
         query, key, value, output, statistics = ctx.saved_tensors
         found = [_empty_like(t) for t in (query, key, value)]
         given = (query, key, value, output, _contiguous_heads(grads[0]))
-        attention_tiles.run("attention_backward", _shape(query, key), *map(_heads, given), _data(statistics), *map(_heads, found))
+        attention_tiles.run("attention_backward", _shape(query, key), *map(_heads, given), address(statistics), *map(_heads, found))
         return tuple(found)
 
 
@@ -103,7 +100,3 @@ def _shape(query: torch.Tensor, key: torch.Tensor) -> Any:
 def _heads(x: torch.Tensor) -> Any:
     """Returns a Heads of tiles.cpp."""
     return (ctypes.c_int64 * 4)(x.data_ptr(), *x.stride()[:3])
-
-
-def _data(x: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())

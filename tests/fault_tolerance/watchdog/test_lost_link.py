@@ -21,7 +21,8 @@ WAYS = ("both", "one_way")
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """By how the link is lost. Both are under way at once, since they do little but wait."""
+    """Runs the script once for each way in which the link is lost, both at the same time, since they mostly wait. Yields their
+    processes by the name of the way."""
     with ExitStack() as stack:
         started = {}
         for how in WAYS:
