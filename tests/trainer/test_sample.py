@@ -21,6 +21,7 @@ from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.sample import beginning
 from tests.harness import run
 from tests.parity import small_recipe
+from tests.texts import FURNACE
 from tests.trainer.data.test_chat import conversation, make, write
 
 MOE = {"model__moe__experts": 4, "model__moe__ffn": 8, "model__moe__every": 2}
@@ -35,7 +36,7 @@ LAYOUTS: list[dict[str, object]] = [
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    shutil.copy(Path(__file__).parents[2] / "README.md", folder)
+    shutil.copy(FURNACE, folder)
     return folder
 
 

@@ -20,19 +20,20 @@ from bagualu.trainer.data.tokenizer import END_OF_FILE_TOKEN, load_tokenizer
 from bagualu.trainer.generation.find import compose_layout, find_model
 from bagualu.trainer.generation.stages import load_stages
 from tests.launch.verbs.test_generate import ROOT, SMALL
+from tests.texts import FURNACE, LAKE
 
 GUIDE = (ROOT / "docs/guides/generate.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for line in GUIDE.splitlines() if line.startswith("    bagualu evaluate ")]
-LENGTH, LETTERS = 16, 2000
+LENGTH = 16
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with runs/tiny and its summary, trained on the README; runs/unkept, without validation; runs/random."""
+    """A folder with runs/tiny and its summary, trained on a text; runs/unkept, without validation; runs/random."""
     folder = tmp_path_factory.mktemp("evaluate")
-    for name, words in (("text", "README.md"), ("my_texts", "CONTRIBUTING.md")):
+    for name, words in (("text", FURNACE), ("my_texts", LAKE)):
         (folder / name).mkdir()
-        (folder / name / words).write_text((ROOT / words).read_text(encoding="utf-8")[:LETTERS], encoding="utf-8")
+        shutil.copy(words, folder / name)
     words = [*SMALL, "train.dtype=float64", "train.micro_batch=2", f"data.cache={folder}/cache"]
     kept = ["train.validation_sequences=1000", "data.validation_fraction=0.2", f"data.source={folder}/text"]
     assert main(["train", *words, *kept, f"run.dir={folder}/runs/tiny"]) == 0
@@ -101,7 +102,7 @@ def by_hand(folder: Path, text: str) -> tuple[float, float]:
 
 
 def test_on_other_text_all_of_it_is_read_with_the_tokenizer_of_the_run(here, capsys):
-    loss, bits = by_hand(here, (here / "my_texts/CONTRIBUTING.md").read_text())
+    loss, bits = by_hand(here, (here / "my_texts/lake.md").read_text())
     found = document(capsys, "runs/tiny", "data.source=my_texts")
     assert (found["loss"], found["bits_per_byte"]) == (pytest.approx(loss, rel=1e-9), pytest.approx(bits, rel=0.01))
     assert found["source"] == "my_texts"
@@ -142,7 +143,7 @@ def test_random_tokens_have_a_loss_and_no_bytes(here, capsys):
 
 
 def test_other_data_are_read_as_the_keys_say(here, capsys, tmp_path):
-    text = (here / "my_texts/CONTRIBUTING.md").read_text()
+    text = (here / "my_texts/lake.md").read_text()
     loss = document(capsys, "runs/tiny", "data.source=my_texts")["loss"]
     for name, words in (("a.jsonl", []), ("a.dat", ["data.format=jsonl"])):
         (tmp_path / name).write_text(json.dumps({"words": text}) + "\n")
@@ -261,10 +262,10 @@ def test_wrong_input_is_one_line_with_the_fix(here, capsys, words, fix):
 
 def test_text_that_has_changed_is_not_taken_for_text_that_the_model_has_not_seen(here, capsys, tmp_path):
     (tmp_path / "text").mkdir()
-    shutil.copy(here / "text/README.md", tmp_path / "text")
+    shutil.copy(here / "text/furnace.md", tmp_path / "text")
     words = [f"data.source={tmp_path}/text", f"run.dir={tmp_path}/run", "train.validation_sequences=4", f"data.cache={here}/cache"]
     assert main(["train", *SMALL, *words, "train.steps=1"]) == 0
-    with (tmp_path / "text/README.md").open("a") as file:
+    with (tmp_path / "text/furnace.md").open("a") as file:
         file.write("and one more line\n")
     capsys.readouterr()
     assert main(["evaluate", f"{tmp_path}/run"]) == 2

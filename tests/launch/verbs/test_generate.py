@@ -15,6 +15,7 @@ from bagualu.launch.cli import main
 from bagualu.launch.verbs import command_line, generate, usage
 from bagualu.trainer.data.tokenizer import END_OF_FILE, END_OF_FILE_TOKEN, load_tokenizer
 from bagualu.trainer.generation.request import Sampling
+from tests.texts import FURNACE
 
 ROOT = Path(__file__).parents[3]
 GUIDE = (ROOT / "docs/guides/generate.md").read_text(encoding="utf-8")
@@ -29,10 +30,10 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with runs/tiny, trained on the README, and runs/random, trained on random tokens."""
+    """A folder with runs/tiny, trained on a text, and runs/random, trained on random tokens."""
     folder = tmp_path_factory.mktemp("generate")
     (folder / "text").mkdir()
-    shutil.copy(ROOT / "README.md", folder / "text/README.md")
+    shutil.copy(FURNACE, folder / "text")
     words = [*SMALL, f"data.cache={folder}/cache"]
     assert main(["train", *words, f"data.source={folder}/text", f"run.dir={folder}/runs/tiny"]) == 0
     random = ["data.source=random", "model.positions=learned", "model.max_positions=20", "train.steps=1", "parallel.data=2"]

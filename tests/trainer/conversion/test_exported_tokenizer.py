@@ -17,11 +17,11 @@ from bagualu.trainer.recipe.compose import compose, save_recipe
 from bagualu.trainer.recipe.config import Recipe
 from tests.harness import run
 from tests.parity import small_recipe
+from tests.texts import FURNACE
 from tests.trainer.data.test_chat import TEMPLATE, make
 from tests.trainer.models.hugging_face.published import publish
 
 TEXTS = ["def main() -> None:\n\tprint('naïve 八卦炉')\r\n", "  two  spaces", "<|endoffile|>after", "<|user|>why?<|end|>\n"]
-ROOT = Path(__file__).parents[3]
 
 
 def trained(communicator: Communicator, recipe: Recipe) -> None:
@@ -30,7 +30,7 @@ def trained(communicator: Communicator, recipe: Recipe) -> None:
 
 def recipe_in(folder: Path, **changes: object) -> Recipe:
     (folder / "text").mkdir()
-    shutil.copy(ROOT / "README.md", folder / "text")
+    shutil.copy(FURNACE, folder / "text")
     fixed = {"train__steps": 1, "train__validation_sequences": 0, "model__vocab": 300, "log__progress": "off"}
     folders = {"run__dir": folder / "run", "data__source": folder / "text", "data__cache": folder / "cache"}
     recipe = small_recipe(**fixed, **{key: str(path) for key, path in folders.items()}, **changes)

@@ -23,6 +23,7 @@ pytest.importorskip("lm_eval")
 
 from bagualu.trainer.generation import harness
 from bagualu.trainer.generation.harness import HarnessModel
+from tests.texts import FURNACE
 
 SEQUENCE = 8
 
@@ -35,7 +36,7 @@ def trained(communicator: Communicator, recipe: Recipe) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("harness")
     (folder / "text").mkdir()
-    shutil.copy(Path(__file__).parents[3] / "README.md", folder / "text")
+    shutil.copy(FURNACE, folder / "text")
     recipe = small_recipe(run__dir=str(folder / "run"), data__source=str(folder / "text"), data__cache=str(folder / "cache"),
                           model__vocab=300, log__progress="off", train__validation_sequences=0)  # fmt: skip
     save_recipe(recipe)
@@ -177,6 +178,7 @@ def test_generation_is_greedy_and_ends_at_a_text(model: HarnessModel) -> None:
         first = int(model._stages.model(torch.tensor([model.tok_encode("the ")]))[0][0, -1].argmax())
     assert whole.startswith(model._text.decode([first]))
     stop = whole[1:3]
+    assert len(stop) == 2
     (cut,) = model.generate_until([asked("the ", {"until": [stop], "max_gen_toks": 12, "do_sample": False})])
     assert cut == whole[: whole.index(stop)]
 
