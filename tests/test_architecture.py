@@ -105,6 +105,7 @@ DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from
     "launch/verbs/simulate.py": {  # torch; matplotlib
         "bagualu.launch.verbs.draw_prediction",
         "bagualu.launch.verbs.prediction_text",
+        "bagualu.trainer.simulation.fusion",
         "bagualu.trainer.simulation.loads",
         "bagualu.trainer.simulation.predict",
     },
@@ -112,6 +113,7 @@ DEFERRED = {  # imports inside a function: each keeps torch (or Hydra) away from
     "launch/verbs/command_line.py": {"bagualu.trainer.recipe.keys"},  # Hydra
     "launch/workers/run.py": {"bagualu.launch.workers", "bagualu.trainer.output.progress"},
     "trainer/operators/kernel.py": {"bagualu.trainer.operators.inductor"},  # torch's compiler
+    "trainer/settle.py": {"bagualu.trainer.simulation.gain"},  # torch, which short runs need not wait for
     "trainer/__main__.py": {"torch", "bagualu.trainer.process.worker"},
 }
 
@@ -214,6 +216,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "trainer/operators/packed.py": {"_reorder_linear_weight", "_linear_pointwise"},
     "trainer/optim/rules.py": {"_fused_adamw_"},
     "trainer/simulation/operators.py": {"_python_dispatch"},
+    "trainer/simulation/step_graph.py": {"_python_dispatch"},
     "trainer/simulation/trace.py": {"_python_dispatch"},
 }
 """What each file uses of torch that torch does not publish. In elastic_private.py also attributes of elastic's classes."""

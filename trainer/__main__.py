@@ -18,7 +18,6 @@ from bagualu.comm.world import Tasks, World
 from bagualu.fault_tolerance import run_lock
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.costs.fits import check_memory, device_of
-from bagualu.trainer.costs.settle import settle
 from bagualu.trainer.output import streams
 from bagualu.trainer.output.log_file import copy_to_log
 from bagualu.trainer.output.progress import summary_text
@@ -31,6 +30,7 @@ from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.settle import settle
 
 _PREPARED = "BAGUALU_PREPARED"
 """The environment variable that is set in a process that has restarted itself with the variables of `_prepare`."""

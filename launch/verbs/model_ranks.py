@@ -6,12 +6,12 @@ from typing import Any
 from bagualu.comm.config import AUTO
 from bagualu.launch.workers.ended import Ended
 from bagualu.launch.workers.run import call_on_threads, call_on_workers
-from bagualu.trainer.costs.settle import settle
 from bagualu.trainer.process.failure import Failure, last_line
 from bagualu.trainer.process.stop_request import StopRequest
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.choose_backend import gpu_count, torch_has_cuda
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.settle import settle
 
 
 def on_this_machine(recipe: Recipe) -> Recipe:

@@ -4,6 +4,8 @@ Torch and matplotlib are imported only once the recipe and the cluster are known
 """
 
 import sys
+from dataclasses import asdict
+from itertools import chain
 from typing import Any, Literal
 
 from bagualu.launch.verbs.command_line import CommandLine
@@ -22,6 +24,7 @@ def simulate(request: CommandLine) -> tuple[int, Any]:
     """
     question = read_question(request)
     from bagualu.launch.verbs.prediction_text import as_document, excess, report_text
+    from bagualu.trainer.simulation.fusion import fusion_of
     from bagualu.trainer.simulation.loads import read_shares
     from bagualu.trainer.simulation.predict import predict
 
@@ -37,7 +40,11 @@ def simulate(request: CommandLine) -> tuple[int, Any]:
         failures = failure_report(recipe, prediction.cluster, layout, prediction.step_seconds, question.failures)
     document = as_document(prediction) | {key: None if path is None else str(path) for key, path in files.items()}
     document["failures"] = None if failures is None else failures.document()
-    report = "\n".join([report_text(prediction), *([] if failures is None else ["", *failures.lines()])])
+    first = prediction.cluster.part_of(0).chip
+    fusion = fusion_of(prediction.recipe, first, shares) if question.recipe.train.compile is True else None
+    document["fusion"] = None if fusion is None else asdict(fusion)
+    further = [["", *part.lines()] for part in (fusion, failures) if part is not None]
+    report = "\n".join([report_text(prediction), *chain(*further)])
     if not request.json:
         print(report)
     if question.out is not None:

@@ -42,7 +42,7 @@ def train(request: CommandLine, entrypoint: str | None) -> tuple[int, Any]:
 
 def _check(recipe: Recipe) -> None:
     workers = preflight.workers_per_node(recipe)
-    recipe, _ = storage_probe.settle(recipe, workers)
+    recipe, _ = storage_probe.settle(recipe, workers, predicts=False)
     preflight.check(recipe, recipe.world_size())
     preflight.check_machine(recipe)
     check_memory(recipe, recipe.world_size(), device_of(recipe, workers))

@@ -10,9 +10,9 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.fault_tolerance.checkpoint.saving.fence import EPOCH
 from bagualu.fault_tolerance.run_directory import BEGUN, RunDirectory
 from bagualu.fault_tolerance.within import within
-from bagualu.trainer.costs import settle as costs
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.settle import settle as settle_reading
 
 T = TypeVar("T")
 _CHECK_SECONDS = 30.0
@@ -38,12 +38,12 @@ def check(recipe: Recipe, job: str = "") -> None:
         raise RecipeError(f"run.dir={directory} cannot be read ({what}); see whether its storage answers") from error
 
 
-def settle(recipe: Recipe, workers: int) -> tuple[Recipe, str]:
+def settle(recipe: Recipe, workers: int, predicts: bool = True) -> tuple[Recipe, str]:
     """Returns the recipe with comm.backend=auto and train.micro_batch=auto replaced by what is chosen for `workers` workers on this
-    machine, and the choices as text for the first line of a run (trainer/costs/settle.py).
+    machine, and the choices as text for the first line of a run (trainer/settle.py).
 
-    Reads the run directory, because a resumed run keeps both. Raises RecipeError when the storage does not answer, and for some
-    mistakes in the recipe.
+    Reads the run directory, because a resumed run keeps both. `predicts`: as for that function. Raises RecipeError when the storage
+    does not answer, and for some mistakes in the recipe.
     """
 
     def read(look: Callable[[], T]) -> T:
@@ -52,7 +52,7 @@ def settle(recipe: Recipe, workers: int) -> tuple[Recipe, str]:
         except StorageError as error:
             raise RecipeError(f"run.dir={recipe.run.dir} {error}; see whether its storage hangs, or give another") from error
 
-    return costs.settle(recipe, workers, recipe.world_size(), read)
+    return settle_reading(recipe, workers, recipe.world_size(), read, predicts)
 
 
 def begun(scratch: Path) -> bool:

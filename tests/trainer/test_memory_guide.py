@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from bagualu.comm.group import Communicator
-from bagualu.trainer.costs.settle import settle
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.run import train
+from bagualu.trainer.settle import settle
 from tests.harness import run
 
 GUIDE = Path(__file__).parents[2] / "docs/guides/memory.md"

@@ -3,11 +3,14 @@
 Generating them takes a while when a run begins, and each step is faster afterwards. So a run has to be long enough.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
+from bagualu.comm.topology import Chip, ShapeEfficiency
 from bagualu.fault_tolerance.run_directory import RunDirectory
 from bagualu.trainer.costs.work import cpu_multiplies
 from bagualu.trainer.models.decoder.flops import model_flops_per_token
@@ -18,18 +21,27 @@ from bagualu.trainer.user_settings import cpp_compiler
 
 COMPILE_SECONDS = 30.0
 """The most that generating a model's kernels takes on two cores, if none is kept from a run before (docs/performance.md)."""
-GAIN = 0.08
-"""Estimate: the fraction of a step that generated kernels save (docs/performance.md)."""
+MOST_GAIN = 0.2
+"""Estimate: the largest fraction of a step that generated kernels save. For runs that are too short even for that, no gain is
+predicted."""
 _CORE_FLOPS = {True: 1.5e11, False: 4e10}
 """Estimate: FLOP/s of a core in a step, if it multiplies 16-bit matrices itself and does so, and if not."""
+_CORE_BYTES = 8e9
+"""Estimate: the bytes that a core reads and writes in a second in operators of few FLOPs."""
+_CALL_SECONDS = 4e-6
+"""Estimate: the fixed time of an operator."""
+
+Gain = Callable[[Recipe, Chip], float]
+"""Predicts the fraction of a step that generated kernels save on a chip."""
 
 
-def choose_compile(recipe: Recipe, workers: int, world: int, before: bool | None = None) -> tuple[Recipe, str]:
+def choose_compile(recipe: Recipe, workers: int, world: int, gain: Gain, before: bool | None = None) -> tuple[Recipe, str]:
     """Returns a recipe for `world` ranks, of which `workers` are on this machine, with train.compile=auto replaced by true or
     false, and a text that says so if it is not false as a matter of course. A run that resumes keeps what it began with, `before`.
 
-    auto is true if generated kernels are expected to save at least twice the time that it takes to generate them, on CPUs, with a
-    process for each rank: on GPUs they have not been measured. Without a C++ compiler it is false, and so is true.
+    auto is true if generated kernels are expected to save at least twice the time that it takes to generate them, by what `gain`
+    predicts, on CPUs, with a process for each rank: on GPUs they have not been measured. Without a C++ compiler it is false, and so
+    is true.
     """
     given = recipe.train.compile
     if given is not True and given != CHOSEN:  # false, or what the check of the recipe refuses
@@ -41,7 +53,7 @@ def choose_compile(recipe: Recipe, workers: int, world: int, before: bool | None
         return _with(recipe, False), why if given is True or before else ""
     if given is True:
         return recipe, ""
-    compiles = before if before is not None else _pays(recipe, workers, world)
+    compiles = before if before is not None else _pays(recipe, workers, world, gain)
     return _with(recipe, compiles), "train.compile=true (auto)" if compiles else ""
 
 
@@ -56,14 +68,33 @@ def compile_as_begun(recipe: Recipe) -> bool | None:
     return None
 
 
-def _pays(recipe: Recipe, workers: int, world: int) -> bool:
+def _pays(recipe: Recipe, workers: int, world: int, gain: Gain) -> bool:
     """Returns whether a run on CPUs is long enough."""
     if not recipe.comm.on_cpu:
         return False
-    length, dtype = recipe.data.sequence_length, recipe.train.dtype
+    cores, dtype = threads(recipe.launch, workers), recipe.train.dtype
+    rate = cores * _CORE_FLOPS[dtype == "bfloat16" and cpu_multiplies(dtype)]
+    length = recipe.data.sequence_length
     tokens = recipe.train.steps * recipe.data.global_batch * length
-    rate = world * threads(recipe.launch, workers) * _CORE_FLOPS[dtype == "bfloat16" and cpu_multiplies(dtype)]
-    return GAIN * tokens * model_flops_per_token(recipe.model, length) / rate >= 2 * COMPILE_SECONDS
+    seconds = tokens * model_flops_per_token(recipe.model, length) / (world * rate)
+    least = 2 * COMPILE_SECONDS / seconds if seconds else inf
+    return least <= MOST_GAIN and least <= gain(recipe, _chip(rate, cores))
+
+
+def _chip(rate: float, cores: int) -> Chip:
+    """Returns a description of the cores of a rank, whose products reach `rate` FLOP/s."""
+    whole = ShapeEfficiency(4096, 4096, 4096, 1.0)
+    return Chip(
+        name="CPU",
+        vendor="",
+        matmul_flops_per_second=dict.fromkeys(("float64", "float32", "bfloat16", "float16"), rate),
+        memory_bytes=0,
+        memory_bytes_per_second=cores * _CORE_BYTES,
+        launch_seconds=_CALL_SECONDS,
+        context_bytes=0,
+        efficiency={"bfloat16": (whole,)},
+        type="cpu",
+    )
 
 
 def _with(recipe: Recipe, compiles: bool) -> Recipe:

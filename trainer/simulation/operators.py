@@ -42,14 +42,14 @@ class Operators:
         flags = tuple(arg for arg in args if isinstance(arg, bool))
         key = func, flags, len(float8), *((tensor.dtype, tensor.shape, tensor.stride()) for tensor in (*given, *made))
         if (known := self._known.get(key)) is None:
-            reads, writes = _read_and_written(func, args, named)
+            reads, writes = read_and_written(func, args, named)
             narrow = {id(tensor) for tensor in float8}
             known = self._known[key] = Operator(
                 name=str(func),
                 inputs=tuple(TensorType(FLOAT8, tuple(one.shape)) if id(one) in narrow else _type_of(one) for one in given),
                 outputs=tuple(map(_type_of, made)),
-                read_bytes=sum(map(_bytes_of, reads)) - sum(_bytes_of(tensor) // 2 for tensor in float8),
-                written_bytes=sum(map(_bytes_of, writes or made)),
+                read_bytes=sum(map(bytes_of, reads)) - sum(bytes_of(tensor) // 2 for tensor in float8),
+                written_bytes=sum(map(bytes_of, writes or made)),
                 flops=flops_of(func, args, named, result),
             )
         return known
@@ -93,7 +93,7 @@ def _type_of(tensor: Tensor) -> TensorType:
     return TensorType(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
-def _bytes_of(tensor: Tensor) -> int:
+def bytes_of(tensor: Tensor) -> int:
     """Returns the bytes of the elements of `tensor`; of expanded elements once."""
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
 
@@ -106,7 +106,7 @@ def computes(func: Any) -> bool:
     return not views and not name.startswith(_COMPUTE_NOTHING)
 
 
-def _read_and_written(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def read_and_written(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """Returns the arguments that an operator reads, and those that it changes."""
     reads: list[Tensor] = []
     writes: list[Tensor] = []
@@ -132,7 +132,7 @@ def generated(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> Ope
         f"bagualu.{name}",
         tuple(map(_type_of, given)),
         tuple(map(_type_of, made)),
-        sum(map(_bytes_of, given)),
-        sum(map(_bytes_of, made)),
+        sum(map(bytes_of, given)),
+        sum(map(bytes_of, made)),
         0,
     )

@@ -8,7 +8,7 @@ does, whatever that is: there is no other description of the model or the schedu
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -292,12 +292,13 @@ def trace(
     how: Traced | None = None,
     split: tuple[Split, CostTable | None] | None = None,
     program: Program | None = None,
+    graphed: Callable[[Tracer], AbstractContextManager[Any]] = lambda tracer: nullcontext(),
 ) -> RankTrace:
     """Traces the second step of `rank` in a world of `world` ranks; in the first, ZeRO-3 does not know yet what to gather next.
 
     `split`: the layers of each stage, and their costs; by default as `plan_split` chooses them. `program`: what the rank does, for
-    as many micro-batches as the recipe gives it; by default its part of the schedule. Raises RecipeError if the recipe is wrong for
-    that world or cannot be traced.
+    as many micro-batches as the recipe gives it; by default its part of the schedule. `graphed`: makes a context around the traced
+    step. Raises RecipeError if the recipe is wrong for that world or cannot be traced.
     """
     recipe, how = traceable(recipe), in_float8(recipe, how or Traced())
     tracer = Tracer(how.chip, how.float8, how.results)
@@ -314,7 +315,8 @@ def trace(
         tracer.begin(state.engine.held())
         monitor.observers.append(tracer)
         state.runner.reached = tracer.reached
-        train_step(state, 1)
+        with graphed(tracer):
+            train_step(state, 1)
     return RankTrace(rank, tracer.end(), list(tracer.kinds))
 
 

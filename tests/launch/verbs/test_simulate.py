@@ -18,9 +18,11 @@ from bagualu.parallel.simulation import error_band
 from bagualu.parallel.simulation.error_band import HeldOutError
 from bagualu.parallel.simulation.step_parts import PRODUCTS
 
-GUIDE = Path(__file__).parents[3] / "docs/guides/planning.md"
-COMMANDS = [line.strip() for line in GUIDE.read_text().splitlines() if line.startswith("    bagualu simulate ")]
+GUIDES = [Path(__file__).parents[3] / "docs/guides" / name for name in ("planning.md", "operators.md")]
+LINES = [line for guide in GUIDES for line in guide.read_text().splitlines()]
+COMMANDS = [line.strip() for line in LINES if line.startswith("    bagualu simulate ")]
 SMALL = {
+    "moe_tiny": [],
     "llama3_70b": ["model.layers=40", "model.hidden=64", "model.heads=8", "model.kv_heads=8", "model.ffn=64"],
     "mixtral_8x7b": [
         *("model.layers=8", "model.hidden=64", "model.heads=8", "model.kv_heads=8", "model.moe.ffn=64"),
@@ -85,6 +87,19 @@ def test_the_report_says_the_same_in_lines(capsys: pytest.CaptureFixture[str]) -
     assert "GiB to spare" in out
     for part in document["parts_seconds"]:
         assert f"  {part} " in out
+    assert max(map(len, out.splitlines())) <= 132
+
+
+def test_it_says_what_generated_kernels_save(capsys: pytest.CaptureFixture[str]) -> None:
+    assert predicted(capsys, *TINY)["fusion"] is None
+    fusion = predicted(capsys, *TINY, "train.compile=true")["fusion"]
+    assert fusion["saved"].keys() == {"norm", "rotary", "gate", "loss"}
+    assert list(fusion["left"].values()) == sorted(fusion["left"].values(), reverse=True)
+    assert 0 < sum(fusion["saved"].values()) + sum(fusion["left"].values()) < 1
+    assert cli.main([*TINY, "train.compile=true"]) == 0
+    out = capsys.readouterr().out
+    assert f"kernels  save norm {fusion['saved']['norm']:.1%}, " in out
+    assert f"would save {sum(fusion['left'].values()):.1%}, the most as {next(iter(fusion['left']))}"[:70] in out
     assert max(map(len, out.splitlines())) <= 132
 
 
