@@ -17,6 +17,12 @@ def kernels_folder() -> Path:
     return Path(named) if named else default_cache() / "kernels"
 
 
+def kernel_settings() -> list[tuple[str, str]]:
+    """Returns the settings of torch's compiler in the environment, by name: TORCHINDUCTOR_*, but for the folder."""
+    ours = {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")}
+    return sorted((name, value) for name, value in ours.items() if name != "TORCHINDUCTOR_CACHE_DIR")
+
+
 def cpp_compiler() -> str | None:
     """Returns the path of the C++ compiler for kernels: g++ or, as for torch's compiler, the one that the variable CXX
     names; None if there is none."""

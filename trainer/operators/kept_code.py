@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from bagualu.trainer.user_settings import kernels_folder
+from bagualu.trainer.user_settings import kernel_settings, kernels_folder
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +66,10 @@ _ADDRESS = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 
 
 def load_or_make(depends_on: tuple[Any, ...], make: Callable[[], Generated]) -> Code:
-    """Returns the code that is kept for what it `depends_on`, besides torch, Python and the CPU; if there is none, keeps what
-    `make` returns, unless it cannot be kept. Raises what `make` raises."""
-    everything = repr(
-        (FORMAT, depends_on, torch.__version__, platform.python_version(), torch.backends.cpu.get_cpu_capability(), _cpu())
-    )
+    """Returns the code that is kept for what it `depends_on`, besides torch, the settings of its compiler, Python and the CPU; if
+    there is none, keeps what `make` returns, unless it cannot be kept. Raises what `make` raises."""
+    versions = torch.__version__, platform.python_version()
+    everything = repr((FORMAT, depends_on, versions, torch.backends.cpu.get_cpu_capability(), _cpu(), kernel_settings()))
     folder = kernels_folder() / f"code-{hashlib.blake2b(everything.encode(), digest_size=16).hexdigest()}"
     if (code := _load(folder)) is not None:
         return code

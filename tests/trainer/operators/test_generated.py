@@ -277,6 +277,17 @@ def test_a_later_process_computes_the_same_bits_without_the_compiler(folder: Pat
 
 
 @COMPILER
+def test_code_is_not_taken_for_other_settings_of_the_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = bf16(4, 32), bf16(4, 32)
+    for settings, files in (({}, 1), ({"TORCHINDUCTOR_FREEZING": "1"}, 2), ({}, 2)):
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            assert_as_the_function(Kernel(mixed), x, y)
+        assert kept(folder) == files
+
+
+@COMPILER
 def test_code_of_a_function_that_has_changed_since_is_not_taken(folder: Path) -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         return x * by
