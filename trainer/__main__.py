@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 4 -m bagualu.trainer recipe=moe_tiny
 
-The recipe is composed and checked before torch is imported. An error in it is the same on every rank, so only rank 0 prints it.
-Only rank 0 checks the run directory too, because it writes there while other ranks may still be starting.
+The recipe is composed and checked before torch is imported; what generated kernels save is predicted afterwards. An error in it is
+the same on every rank, so only rank 0 prints it. Only rank 0 checks the run directory too, because it writes there while others
+may still be starting.
 """
 
 import os
@@ -60,7 +61,8 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
     try:
         if options := [text for text in overrides if text.startswith("-")]:
             raise RecipeError(f"unknown option {options[0]}: a worker takes key=value only; see bagualu train --help")
-        recipe, chosen = settle(compose(overrides), local_workers, world.size)
+        given = compose(overrides)
+        recipe, _ = settle(given, local_workers, world.size, predicts=False)
         preflight.check(recipe, world.size)
         if recipe.comm.backend == "simulated":
             raise RecipeError("comm.backend=simulated is for `bagualu train`; give comm.backend=gloo or nccl here")
@@ -75,6 +77,7 @@ def main(overrides: list[str], entrypoint: str | None = None) -> int:
         return REFUSED
     _prepare(recipe, local_workers)
     try:
+        recipe, chosen = settle(given, local_workers, world.size)
         with run_lock.hold(Path(recipe.run.dir)) if world.rank == 0 else nullcontext():
             if world.rank == 0:
                 layout = f"{recipe.validate(world.size)} ({recipe.parallel.engine_text})"

@@ -8,6 +8,7 @@ from bagualu.comm.topology import Chip
 from bagualu.trainer.costs.compilation import choose_compile, compile_as_begun
 from bagualu.trainer.costs.fits import device_of
 from bagualu.trainer.costs.micro_batch import choose_micro_batch, size_as_begun
+from bagualu.trainer.process.garbage_collection import uncollected
 from bagualu.trainer.recipe.choose_backend import choose_backend
 from bagualu.trainer.recipe.config import Recipe
 
@@ -35,16 +36,17 @@ def settle(recipe: Recipe, workers: int, world: int, read: Read = _read, predict
     before = read(lambda: size_as_begun(recipe))
     settled = choose_micro_batch(recipe, world, device_of(recipe, workers), before)
     size = f"train.micro_batch={settled.train.micro_batch} (auto)" if settled != recipe else ""
-    gain = _predicted_gain if predicts else _no_gain
-    settled, compiles = choose_compile(settled, workers, world, gain, read(lambda: compile_as_begun(recipe)))
+    saved = _predicted if predicts else _nothing
+    settled, compiles = choose_compile(settled, workers, world, saved, read(lambda: compile_as_begun(recipe)))
     return settled, " and ".join(filter(None, (str(backend), size, compiles)))
 
 
-def _predicted_gain(recipe: Recipe, chip: Chip) -> float:
-    from bagualu.trainer.simulation.gain import gain_alone
+def _predicted(recipe: Recipe, chip: Chip, micro_batches: int) -> float:
+    with uncollected():
+        from bagualu.trainer.simulation.gain import seconds_saved
 
-    return gain_alone(recipe, chip)
+    return seconds_saved(recipe, chip, micro_batches)
 
 
-def _no_gain(recipe: Recipe, chip: Chip) -> float:
+def _nothing(recipe: Recipe, chip: Chip, micro_batches: int) -> float:
     return 0.0

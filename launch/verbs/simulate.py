@@ -41,7 +41,8 @@ def simulate(request: CommandLine) -> tuple[int, Any]:
     document = as_document(prediction) | {key: None if path is None else str(path) for key, path in files.items()}
     document["failures"] = None if failures is None else failures.document()
     first = prediction.cluster.part_of(0).chip
-    fusion = fusion_of(prediction.recipe, first, shares) if question.recipe.train.compile is True else None
+    on_each = max(1, prediction.recipe.micro_batches() // prediction.layout.data)
+    fusion = fusion_of(prediction.recipe, first, on_each, shares) if question.recipe.train.compile is True else None
     document["fusion"] = None if fusion is None else asdict(fusion)
     further = [["", *part.lines()] for part in (fusion, failures) if part is not None]
     report = "\n".join([report_text(prediction), *chain(*further)])

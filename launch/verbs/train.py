@@ -1,4 +1,5 @@
-"""`bagualu train`: checks the recipe, prints what will run, and runs it. Torch is imported only when workers start."""
+"""`bagualu train`: checks the recipe, prints what will run, and runs it. Torch is imported only when workers
+start, or once the recipe of a long run has been checked, to predict whether kernels pay."""
 
 import sys
 from pathlib import Path

@@ -15,7 +15,7 @@ Not collected by pytest. A file `started-N` appears when N ranks start, and `ran
     gil-RANK-STEP-POINT    the first time, a thread with a native dead lock that does not give Python's lock back
     slow                   every step takes a third of a second, as long as the file `slow` is in the run directory
 
-Beside the points of a step there is `compile`: torch begins to compile something (train.compile=true).
+Beside the points of a step there is `compile`: a rank needs a kernel that it has not called yet (train.compile=true).
 """
 
 import ctypes
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.comm.group import Communicator
+from bagualu.trainer.operators import kept_code
 from bagualu.trainer.recipe.config import Recipe
 from tests.standing import train_noting_samples
 
@@ -114,10 +115,13 @@ def train(recipe: Recipe, communicator: Communicator, stop: Any, scratch: Path |
     (folder / f"rank-{communicator.rank}.json").write_text(json.dumps({"pid": os.getpid()}))
     fault, monitor = Fault(recipe, communicator.rank, stop), communicator.monitor
     monitor.observers.append(fault)
-    if recipe.train.compile is True:
-        from torch._dynamo.callback import callback_handler  # a second of every worker's
+    load_or_make = kept_code.load_or_make
 
-        callback_handler.register_start_callback(lambda _: fault.at("compile", monitor.step))
+    def after_fault(*arguments: Any) -> Any:
+        fault.at("compile", monitor.step)
+        return load_or_make(*arguments)
+
+    kept_code.load_or_make = after_fault
     before = heavy()
     summary = train_noting_samples(recipe, communicator, stop, scratch)
     (folder / f"heavy-{communicator.rank}.json").write_text(json.dumps([before, heavy()]))

@@ -6,7 +6,6 @@ Generating them takes a while when a run begins, and each step is faster afterwa
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 
 from bagualu.comm.errors import RecipeError
@@ -21,25 +20,26 @@ from bagualu.trainer.user_settings import cpp_compiler
 
 COMPILE_SECONDS = 30.0
 """The most that generating a model's kernels takes on two cores, if none is kept from a run before (docs/performance.md)."""
-MOST_GAIN = 0.2
-"""Estimate: the largest fraction of a step that generated kernels save. For runs that are too short even for that, no gain is
-predicted."""
+MOST_SAVED = 0.4
+"""Estimate: the most that generated kernels save, as a fraction of the time of a step's products. For runs that are too short even
+for that, nothing is predicted."""
 _CORE_FLOPS = {True: 1.5e11, False: 4e10}
 """Estimate: FLOP/s of a core in a step, if it multiplies 16-bit matrices itself and does so, and if not."""
-_CORE_BYTES = 8e9
-"""Estimate: the bytes that a core reads and writes in a second in operators of few FLOPs."""
+_CORE_BYTES = 2.4e10
+"""Estimate: the bytes that a core reads and writes in a second in operators of few FLOPs, for the most part in its caches: kernels
+then save as much of a step of bench_dense as was measured (docs/performance.md)."""
 _CALL_SECONDS = 4e-6
 """Estimate: the fixed time of an operator."""
 
-Gain = Callable[[Recipe, Chip], float]
-"""Predicts the fraction of a step that generated kernels save on a chip."""
+Saved = Callable[[Recipe, Chip, int], float]
+"""Predicts the seconds that generated kernels save in a step of so many micro-batches, for a rank alone on a chip."""
 
 
-def choose_compile(recipe: Recipe, workers: int, world: int, gain: Gain, before: bool | None = None) -> tuple[Recipe, str]:
+def choose_compile(recipe: Recipe, workers: int, world: int, saved: Saved, before: bool | None = None) -> tuple[Recipe, str]:
     """Returns a recipe for `world` ranks, of which `workers` are on this machine, with train.compile=auto replaced by true or
     false, and a text that says so if it is not false as a matter of course. A run that resumes keeps what it began with, `before`.
 
-    auto is true if generated kernels are expected to save at least twice the time that it takes to generate them, by what `gain`
+    auto is true if generated kernels are expected to save at least twice the time that it takes to generate them, by what `saved`
     predicts, on CPUs, with a process for each rank: on GPUs they have not been measured. Without a C++ compiler it is false, and so
     is true.
     """
@@ -53,7 +53,7 @@ def choose_compile(recipe: Recipe, workers: int, world: int, gain: Gain, before:
         return _with(recipe, False), why if given is True or before else ""
     if given is True:
         return recipe, ""
-    compiles = before if before is not None else _pays(recipe, workers, world, gain)
+    compiles = before if before is not None else _pays(recipe, workers, world, saved)
     return _with(recipe, compiles), "train.compile=true (auto)" if compiles else ""
 
 
@@ -68,17 +68,19 @@ def compile_as_begun(recipe: Recipe) -> bool | None:
     return None
 
 
-def _pays(recipe: Recipe, workers: int, world: int, gain: Gain) -> bool:
-    """Returns whether a run on CPUs is long enough."""
+def _pays(recipe: Recipe, workers: int, world: int, saved: Saved) -> bool:
+    """Returns whether a run on CPUs is long enough. Raises RecipeError if the recipe is wrong."""
     if not recipe.comm.on_cpu:
         return False
-    cores, dtype = threads(recipe.launch, workers), recipe.train.dtype
+    layout, cores, dtype = recipe.validate(world), threads(recipe.launch, workers), recipe.train.dtype
     rate = cores * _CORE_FLOPS[dtype == "bfloat16" and cpu_multiplies(dtype)]
-    length = recipe.data.sequence_length
-    tokens = recipe.train.steps * recipe.data.global_batch * length
-    seconds = tokens * model_flops_per_token(recipe.model, length) / (world * rate)
-    least = 2 * COMPILE_SECONDS / seconds if seconds else inf
-    return least <= MOST_GAIN and least <= gain(recipe, _chip(rate, cores))
+    length, steps = recipe.data.sequence_length, recipe.train.steps
+    products = recipe.data.global_batch * length * model_flops_per_token(recipe.model, length) / (world * rate)
+    if steps * MOST_SAVED * products < 2 * COMPILE_SECONDS:
+        return False
+    micro_batches = max(1, recipe.micro_batches() // layout.data)
+    of_rank = saved(recipe, _chip(rate, cores), micro_batches) / (layout.tensor * layout.pipeline)
+    return steps * of_rank >= 2 * COMPILE_SECONDS
 
 
 def _chip(rate: float, cores: int) -> Chip:

@@ -69,6 +69,8 @@ class Tracer(TorchDispatchMode):
         """Within the products of a linear layer, the blocks of memory of factors in float8, by the block of the factor in bfloat16,
         its offset and size."""
         self._in_one_kernel = False
+        self.calls = 0
+        """How many communications there were."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -174,6 +176,7 @@ class Tracer(TorchDispatchMode):
 
     def call(self, event: Communication | Waited, tensors: Sequence[Tensor]) -> None:
         """Writes down a communication of these tensors."""
+        self.calls += 1
         self._measure([*self._resized, *(id(tensor.untyped_storage()) for tensor in tensors)])
         if isinstance(event, Communication) and (event.kind in ("send", "receive") or event.group.startswith(("fold", "replica"))):
             for tensor in tensors:
