@@ -39,11 +39,12 @@ def check(recipe: Recipe, job: str = "") -> None:
 
 
 def settle(recipe: Recipe, workers: int, predicts: bool = True) -> tuple[Recipe, str]:
-    """Returns the recipe with comm.backend=auto and train.micro_batch=auto replaced by what is chosen for `workers` workers on this
-    machine, and the choices as text for the first line of a run (trainer/settle.py).
+    """Returns the recipe with comm.backend=auto, train.micro_batch=auto and train.compile=auto replaced by what is chosen for
+    `workers` workers on this machine, and the choices as text for the first line of a run (trainer/settle.py). `predicts`: as for
+    that function.
 
-    Reads the run directory, because a resumed run keeps both. `predicts`: as for that function. Raises RecipeError when the storage
-    does not answer, and for some mistakes in the recipe.
+    Reads the run directory, because a resumed run keeps what it began with. Raises RecipeError when the storage does not answer,
+    and for some mistakes in the recipe.
     """
 
     def read(look: Callable[[], T]) -> T:

@@ -149,7 +149,6 @@ class _Storage:
         """Notes that `node` writes to `tensor`; returns what it writes."""
         begin, end = _extent(tensor)
         self._first = self._first or node
-        self._writers = [one for one in self._writers if not (begin <= one[0] and one[1] <= end)]
         self._writers.append((begin, end, node))
         return StoragePart(self._first, begin, bytes_of(tensor))
 

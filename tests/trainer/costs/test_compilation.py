@@ -59,7 +59,7 @@ def test_it_pays_for_a_run_that_saves_twice_what_it_takes() -> None:
 
 
 def test_nothing_is_predicted_for_a_short_run() -> None:
-    """By the time of its products, of which kernels cannot save more than a part."""
+    """Even if kernels saved the most that they can save, a run of few steps would not win back the time to compile them."""
 
     def saved(recipe: Recipe, chip: Chip, micro_batches: int) -> float:
         raise AssertionError("predicting takes seconds")
@@ -91,7 +91,7 @@ def test_the_chip_of_the_prediction_has_the_cores_of_a_rank() -> None:
 
 
 def test_a_recipe_is_settled_by_what_its_own_step_would_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the simulator's costs, which tests of trainer/simulation/gain.py look into."""
+    """test_fusion.py tests the prediction itself."""
     assert settle(auto(), 1, 1)[0].train.compile is True
     assert settle(auto(), 1, 1, predicts=False)[0].train.compile is False
     monkeypatch.setattr("bagualu.trainer.simulation.gain.seconds_saved", saving(0.0))

@@ -1,9 +1,10 @@
 """The graph of a step, the chains of operators in it that one kernel can compute, and what that saves."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -32,18 +33,10 @@ CPU = Chip(
 )  # fmt: skip
 
 
-@contextmanager
-def graphed() -> Iterator[StepGraph]:
-    with StepGraph("cpu", nullcontext, lambda: PLACE[0]) as graph:
-        yield graph
-
-
-PLACE = [0]
-
-
-def chains(function: Callable[[Tensor], object], columns: int = WIDTH) -> list[Chain]:
+def chains(function: Callable[[Tensor], object], columns: int = WIDTH, place: Callable[[], int] = lambda: 0) -> list[Chain]:
+    """The chains of a function of x [ROWS, columns]. `place`: as for `StepGraph`."""
     x = torch.empty(ROWS, columns, device="meta")
-    with graphed() as graph:
+    with StepGraph("cpu", nullcontext, place) as graph:
         kept = function(x)
     del kept
     return chains_of(graph.graph)
@@ -133,12 +126,9 @@ def test_what_is_known_only_after_all_rows_ends_a_chain() -> None:
 
 
 def test_a_communication_ends_a_chain() -> None:
-    def function(x: Tensor) -> object:
-        doubled = x * 2
-        PLACE[0] += 1
-        return doubled.exp()
-
-    assert chains(function) == []
+    assert len(chains(lambda x: (x * 2).exp())) == 1
+    communications = count()  # one before each operator
+    assert chains(lambda x: (x * 2).exp(), place=lambda: next(communications)) == []
 
 
 def test_memory_that_is_older_than_the_step_is_written() -> None:
