@@ -10,6 +10,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from statistics import median_high
 
+from bagualu.parallel.pipeline.layer_slice import LayerPart
 from bagualu.trainer.costs.state import (
     EMBEDDING,
     EMBEDDING_NORM,
@@ -96,9 +97,11 @@ class Transfers:
 
     forward: Counter[int]
     backward: Counter[int]
+    of_attention: Counter[int] = field(default_factory=Counter)
+    """Those of `backward` of a decoder layer that are not there yet while its feed-forward computes."""
 
     def plus(self, other: "Transfers") -> "Transfers":
-        return Transfers(self.forward + other.forward, self.backward + other.backward)
+        return Transfers(self.forward + other.forward, self.backward + other.backward, self.of_attention + other.of_attention)
 
 
 def transfers(work: ModelWork, buckets: list[PlannedBucket], layers: Layers, passes: int, keep_bytes: int = 0) -> Transfers:
@@ -143,20 +146,24 @@ def begun_gradients(work: ModelWork, buckets: list[PlannedBucket], layers: Layer
 
 def unit_transfers(work: ModelWork, layers: Layers) -> Transfers:
     """Returns what a rank holds at least for transfers under FSDP2, which has no buckets: the gathered weights of a unit, on an
-    accelerator in the backward pass also those of the unit that comes next, and the gradients of the unit. A rank with several
-    stages keeps gathered weights, which are part of its state. The copies that FSDP2 makes for its collectives are not counted."""
-    weights, gradients, last = Counter[int](), Counter[int](), work.model.layers
+    accelerator in the backward pass also those of the unit that comes next, and the gradients of the unit, of a layer first those
+    of its feed-forward. A rank with several stages keeps gathered weights, which are part of its state. The copies that FSDP2 makes
+    for its collectives are not counted."""
+    weights, gradients, of_attention, last = Counter[int](), Counter[int](), Counter[int](), work.model.layers
     for name, shape, units in rank_parameters(work, layers):
         part = part_of(work, name, shape)
         for unit in units if part.ranks > 1 else ():
+            gradient = part.elements * work.accurate_bytes * (part.name not in work.frozen)
             weights[unit] += part.elements * work.item_bytes * (work.stages == 1)
-            gradients[unit] += part.elements * work.accurate_bytes * (part.name not in work.frozen)
+            gradients[unit] += gradient
+            if 0 <= unit < last and LayerPart.ATTENTION.holds(name.split(".", 2)[2]):
+                of_attention[unit] += gradient
     weights[last] += weights[last + 1]  # the last norm and the head are one unit
     backward = Counter(
         {i: weights[i] + gradients[i] + weights[i - 1] * (i - 1 in layers and not work.on_cpu) for i in [*layers, last]}
     )
     backward[EMBEDDING] = max(gradients[EMBEDDING], weights[EMBEDDING_NORM] + gradients[EMBEDDING_NORM])
-    return Transfers(weights, backward)
+    return Transfers(weights, backward, of_attention)
 
 
 def reductions_at_the_end(work: ModelWork, buckets: list[PlannedBucket], one_machine: bool) -> int:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from bagualu.parallel.balance.stages.activations import Activations
-from bagualu.parallel.balance.stages.cost import CostTable, LayerCost
+from bagualu.parallel.balance.stages.cost import CostTable, LayerCost, joined
 from bagualu.parallel.balance.stages.forecast import Split
 from bagualu.parallel.balance.stages.memory import worst_passes
 from bagualu.parallel.balance.stages.problem import Piece, Problem
@@ -156,14 +156,19 @@ def _with_transfers(work: ModelWork, table: CostTable, moved: Transfers) -> Cost
     return replace(
         table,
         embedding=replace(table.embedding, work_bytes=table.embedding.work_bytes + embedding),
-        layers=[_with_work(one, moved.backward[i]) if moved.backward[i] else one for i, one in enumerate(table.layers)],
+        layers=[
+            _with_work(one, moved.backward[i], moved.backward[i] - moved.of_attention[i]) if moved.backward[i] else one
+            for i, one in enumerate(table.layers)
+        ],
         head=replace(table.head, work_bytes=max(before_loss, after_loss, last_layer)),
     )
 
 
-def _with_work(layer: LayerCost, more: int) -> LayerCost:
-    halves = tuple(replace(half, work_bytes=half.work_bytes + more) for half in layer.halves)
-    return replace(layer, work_bytes=layer.work_bytes + more, halves=halves)
+def _with_work(layer: LayerCost, *more: int) -> LayerCost:
+    """Returns `layer` with `more` bytes of work in its attention and in its feed-forward."""
+    return joined(
+        layer.name, *(replace(half, work_bytes=half.work_bytes + own) for half, own in zip(layer.halves, more, strict=True))
+    )
 
 
 def _update_bytes(work: ModelWork, optim: OptimConfig, buckets: list[PlannedBucket]) -> int:

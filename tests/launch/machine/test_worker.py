@@ -34,7 +34,8 @@ def test_a_rank_measures_each_thing_of_the_plan(tmp_path: Path) -> None:
     assert {dtype for dtype, *_ in shapes} >= {"float64", "float32", "bfloat16"}
     assert {(link.kind, link.bytes) for link in one.links} == {(kind, size) for kind in KINDS for size in (1024, 4096)}
     names = {sample.name for sample in one.operators}
-    assert {"aten.silu.default", "aten.bmm.default", "aten._fused_adamw_.default", "aten.embedding.default"} <= names
+    assert {"aten.silu.default", "aten._fused_adamw_.default", "aten.embedding.default"} <= names
+    assert names & {"aten.bmm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"}, "attention, by kind of CPU"
     assert not names & {"aten.mm.default", "aten.addmm_.default", "aten.view.default", "aten.empty.memory_format"}
     assert min(one.copy_bytes_per_second, one.launch_seconds, one.memory_bytes, one.context_bytes) > 0
     assert (one.device, one.ranks, other.ranks, one.cores) == ("cpu", 2, 2, None)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bagualu.comm.group import Communicator
+from bagualu.parallel import precision
 from bagualu.parallel.data.shard import shard_pieces
 from bagualu.trainer.assemble import assemble
 from bagualu.trainer.data.corpus import prepare
@@ -103,9 +104,22 @@ CASES: list[tuple[str, str, dict[str, object]]] = [
 ]
 
 
+def accurate(matrix: torch.Tensor, *_: object) -> torch.Tensor:
+    """Does what torch's muon does, which rounds all numbers to bfloat16, but rounds what it is given and the result alone."""
+    return newton_schulz(matrix.bfloat16().double()).bfloat16()
+
+
+@pytest.mark.parametrize("multiplies", [True, False], ids=["CPU multiplies bfloat16", "CPU widens bfloat16"])
 @pytest.mark.parametrize(("dtype", "adjust_lr", "layout"), CASES, ids=str)
-def test_an_update_of_a_float32_master_is_that_of_torchs_muon(dtype: str, adjust_lr: str, layout: dict[str, object]) -> None:
-    """Given the same gradients; embedding, head and norms are compared in test_sharded.py."""
+def test_an_update_of_a_float32_master_is_that_of_torchs_muon(
+    dtype: str, adjust_lr: str, layout: dict[str, object], multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given the same gradients; embedding, head and norms are compared in test_sharded.py. Where bfloat16 matrices are multiplied
+    in float32, the iterations are more accurate than torch's, which are off by up to 3%."""
+    monkeypatch.setattr(precision, "_CPU_MULTIPLIES", {torch.bfloat16: multiplies})
+    if not multiplies:
+        monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", accurate)
+    tolerance = 2e-2 if multiplies else 2e-3
     changes = {**MOE, **MUON, "model__layers": 2, "train__dtype": dtype, "optim__adjust_lr": adjust_lr}
     recipe = small_recipe(**changes, **{f"parallel__{key}": value for key, value in layout.items()})
     ranks, optim = run("simulated", recipe.world_size(), recorded, recipe, 3), recipe.optim
@@ -128,7 +142,7 @@ def test_an_update_of_a_float32_master_is_that_of_torchs_muon(dtype: str, adjust
         new = {key: own for name in names for key, own in matrices_of(name, after[f"weight/{name}"]).items()}
         for key, own in new.items():
             expected, found = theirs[key].detach() - then[key], own - mine[key]
-            assert (found - expected).norm() <= 2e-2 * expected.norm(), (key, number)
+            assert (found - expected).norm() <= tolerance * expected.norm(), (key, number)
             compared += 1
         mine = new
     assert compared == 3 * (7 + 4 + 1 + 3 * 4 + 3)

@@ -131,8 +131,11 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, S, H] -> [B, S, H], without the output's bias. `mask` [B, 1, S, S] as in `operators.documents`; `attend` gets it by
         that name if it is not None."""
-        projected = project(x, self.query, self.key, self.value, wide=True)
-        query, key, value = projected
+        return project(self._mixed(x, mask), self.output, biased=False)[0]
+
+    def _mixed(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Returns the input [B, S, A * D] of the last product. What led to it is forgotten, unless the backward pass needs it."""
+        query, key, value = project(x, self.query, self.key, self.value, wide=True)
         norms = self.query_norm, self.key_norm
         if self.norms_all_heads:
             query, key = _normed(norms, query, key)
@@ -150,7 +153,7 @@ class Attention(nn.Module):
         slopes = () if self.slopes is None else (self.slopes(query.shape[2], x.dtype, x.device),)
         attend = self.attend if mask is None else partial(self.attend, mask=mask)
         mixed = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), *slopes)
-        return project(mixed.transpose(1, 2).flatten(2), self.output, biased=False)[0]
+        return mixed.transpose(1, 2).flatten(2)
 
 
 def _rotations(config: ModelConfig, scaled: bool) -> RotaryPositions:
