@@ -14,19 +14,29 @@ class Products:
     Rows are multiplied in their dtype, to which a weight in another one is cast.
     """
 
+    def operand(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Returns `x` as the methods below take it: in `dtype`, in which this device multiplies numbers like those of the weights.
+        A subclass that reads other dtypes need not cast it."""
+        return x.to(dtype)
+
     def computes(self, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> bool:
         """Returns whether this class has functions of its own for such a layer. Else a run does not measure it."""
         return True
 
     def outputs(
-        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, into: torch.Tensor | None = None
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        into: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Returns rows [..., I] @ weight.T plus bias [O], given weight [O, I], as [..., O] in the rows' dtype. If `into` [N, O] is
-        given, there is no bias, and the result is written there."""
+        """Returns rows [..., I] @ weight.T plus bias [O], given weight [O, I], as [..., O] in `dtype`, by default the rows'. If
+        `into` [N, O] is given, there is no bias, and the result is written there."""
         meet(rows.numel() // rows.shape[-1], weight)
         if into is not None:
             return torch.mm(rows, weight.T.to(rows.dtype), out=into)
-        return F.linear(rows, weight.to(rows.dtype), bias)
+        return F.linear(rows, weight.to(rows.dtype), bias).to(dtype or rows.dtype)
 
     def plus_input_gradient(
         self, total: torch.Tensor | None, columns: torch.Tensor, weight: torch.Tensor, into: torch.Tensor | None = None

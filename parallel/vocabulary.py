@@ -105,7 +105,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         start = group.rank * weight.shape[0] if group else 0
         valid = max(0, min(weight.shape[0], vocabulary - start))
-        rows = weight[:valid].to(multiply_dtype(weight))
+        dtype = multiply_dtype(weight)
+        rows = products.operand(weight[:valid], dtype)
         backward = differentiate and any(ctx.needs_input_grad[:2])  # needs_input_grad is true under no_grad too
         sink = gradient_sink(weight)
         if backward and sink is not None:
@@ -115,8 +116,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = x.new_zeros((), dtype=accurate_dtype(x.dtype))
         for begin in range(0, max(1, x.shape[0]), HEAD_CHUNK_TOKENS):
             tokens = slice(begin, begin + HEAD_CHUNK_TOKENS)
-            chunk = x[tokens].to(rows.dtype)
-            loss, grad_logits = chunk_loss(products.outputs(chunk, rows), labels[tokens] - start, labels[tokens] != IGNORED, group)
+            chunk = products.operand(x[tokens], dtype)
+            logits = products.outputs(chunk, rows, dtype=dtype)
+            loss, grad_logits = chunk_loss(logits, labels[tokens] - start, labels[tokens] != IGNORED, group)
+            del logits
             total += loss
             if grad_x is not None:
                 products.plus_input_gradient(None, grad_logits, rows, into=grad_x[tokens])

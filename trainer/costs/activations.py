@@ -84,11 +84,13 @@ def head_held(work: ModelWork) -> Held:
     inputs, scales = work.tokens_between * hidden * item, _norm_statistics(work)
     trained = columns * hidden * (("embedding.weight" if work.model.tie_embeddings else "head.weight") not in work.frozen)
     weight = trained * accurate
-    widened = (columns + work.tokens) * hidden * product * work.widens  # weight, input's gradient
+    widened = (columns + work.tokens) * hidden * product * work.copies_operands  # weight, input's gradient
     result = inside_bytes(work)  # the input's gradient; if widened, it is rounded at the end
-    highest = _most_of_chunks(work, columns, trained) - weight - result * work.widens
+    highest = _most_of_chunks(work, columns, trained) - weight - result * work.copies_operands
     normed = inside_bytes(work) + (inputs if work.sequence else 0)
-    return Held(inputs + scales + result + weight, inputs, 0, highest + normed + widened)
+    # In the norm's backward pass, when those gradients are gone, its result is rounded at the end.
+    after = inside_bytes(work) + _norm_results(work) + inputs * (item < accurate) - result - weight
+    return Held(inputs + scales + result + weight, inputs, 0, max(highest + normed + widened, after))
 
 
 def _most_of_chunks(work: ModelWork, columns: int, trained: int) -> int:
@@ -101,7 +103,7 @@ def _most_of_chunks(work: ModelWork, columns: int, trained: int) -> int:
         tokens = min(work.tokens - begin, HEAD_CHUNK_TOKENS)
         logits = tokens * columns * (accurate + product * narrow) + trained * accurate * (begin > 0)
         gradient = tokens * columns * product + trained * (accurate + product * narrow)
-        highest = max(highest, max(logits, gradient) + tokens * hidden * product * work.widens)
+        highest = max(highest, max(logits, gradient) + tokens * hidden * product * work.copies_operands)
     return highest
 
 
@@ -155,16 +157,20 @@ def _products(work: ModelWork, elements: int) -> tuple[int, int]:
     """Returns the bytes of (a weight's gradient before it is added to the bucket, the weight in the dtype of products), 0 where a
     kernel needs no such copy. `elements`: of the weight."""
     trained = work.model.lora.rank is None
-    added = elements * work.product_bytes if trained and work.on_cpu and work.product_bytes < work.accurate_bytes else 0
-    return added, elements * work.product_bytes if work.widens else 0
+    added = elements * work.operand_bytes if trained and work.copies_gradients else 0
+    return added, elements * work.product_bytes if work.copies_operands else 0
+
+
+def _adapted(work: ModelWork, index: int, block: str) -> int:
+    """Returns how many of the weights of layer `index` whose names begin with `block` have low-rank factors."""
+    return sum(name.startswith(block) and name.endswith(FIRST) for name in layer_shapes(work.model, index))
 
 
 def _factors(work: ModelWork, index: int, block: str, rows: int, item_bytes: int) -> tuple[int, int]:
     """Returns the bytes that the low-rank factors of a block of layer `index` keep for the backward pass, and those of the operands
     of their weight gradients, besides the operands that the weights beside them would have. Each pair keeps the input of its second
     factor, of `item_bytes` per element; that and its gradient are the operands."""
-    pairs = sum(name.startswith(block) and name.endswith(FIRST) for name in layer_shapes(work.model, index))
-    low = rows * pairs * (work.model.lora.rank or 0)
+    low = rows * _adapted(work, index, block) * (work.model.lora.rank or 0)
     return low * item_bytes, 2 * low * work.product_bytes
 
 
@@ -183,8 +189,9 @@ def _attention(work: ModelWork, index: int) -> _Block:
     normed = model.qk_norm * tokens * (heads + narrow)  # elements
     kept += normed * product + (2 * tokens if model.qk_norm_over == "all" else normed // model.head_width) * accurate
     low, operands_of_factors = _factors(work, index, "attention.", tokens, product)
-    kept += low
-    operands = tokens * (2 * model.hidden + 2 * heads + 2 * narrow) * product + operands_of_factors
+    rounded = _factors(work, index, "attention.output.", tokens, product - work.item_bytes)[0]  # the others stay in that dtype
+    kept += low - rounded
+    operands = tokens * (2 * model.hidden * work.operand_bytes + (2 * heads + 2 * narrow) * product) + operands_of_factors
     width = tokens * heads
     # Of the result, with what slopes add to it, when the result without that is freed; of query, key and value.
     gradients = (tokens * wide - width * (added > 0)) * product + tokens * (wide + 2 * wide_own) * product
@@ -205,7 +212,7 @@ def _attention(work: ModelWork, index: int) -> _Block:
         kernel = gradients + (_tiles_workspace(work, narrow < heads) if in_tiles else 0)
     rotated = width * product * 3 + width * (3 * accurate if product < accurate else 2 * product) - width * 4 * product
     summed, widened = _products(work, model.hidden * heads)
-    columns = tokens * model.hidden * product * work.widens  # the gradient of the block's output
+    columns = tokens * model.hidden * product * work.copies_operands  # the gradient of the block's output
     rotates = work.on_cpu and model.positions == "rotary"
     return _Block(kept, operands, columns + summed + widened, max(kernel, rotated * rotates))
 
@@ -222,51 +229,53 @@ def _tiles_workspace(work: ModelWork, shared: bool) -> int:
 def _second_block(work: ModelWork, index: int) -> _Block:
     if work.model.is_moe_layer(index):
         return _mixture(work, index)
-    dense = _feed_forward(work, work.tokens, work.model.ffn // work.layout.tensor)
-    return dense.plus(_factors(work, index, "feed_forward.", work.tokens, work.item_bytes))
+    return _feed_forward(work, index, "feed_forward.", work.tokens, work.model.ffn)
 
 
-def _feed_forward(work: ModelWork, rows: int, ffn: int) -> _Block:
+def _feed_forward(work: ModelWork, index: int, block: str, rows: int, whole_ffn: int) -> _Block:
     """The feed-forward of a layer or of an expert. Kept are the input and, with a gate, gate, silu(gate) and up, else up and
     gelu(up); the products' operands are their inputs and the gradients of their outputs. The backward pass of the last product
     takes most: its input, once more, that input's gradient and, with a gate, the gradients of its two
-    factors."""
-    hidden, item, product, gated = work.model.hidden, work.item_bytes, work.product_bytes, work.model.gated
+    factors. If its weight has low-rank factors, the gradient of the output is gone by then. `block`: what the names of its weights
+    begin with; `whole_ffn`: its width on all tensor ranks together."""
+    hidden, item, product, gated = work.model.hidden, work.item_bytes, work.operand_bytes, work.model.gated
+    ffn = whole_ffn // work.layout.tensor
     added, widened = _products(work, hidden * ffn)
-    columns = rows * hidden * product * work.widens  # the gradient of the output
+    rank, columns = work.model.lora.rank or 0, rows * hidden * product * work.copies_operands  # the gradient of the output
     # With a gate, the factors' product is an operand of its own; without one, gelu(up) itself is, or its copy in another dtype.
-    operand = rows * ffn * product * (gated or work.widens)
-    factors = operand + rows * ffn * (product + 2 * item * gated + item * work.widens)
+    operand = rows * ffn * product * (gated or work.copies_operands)
+    left = rows * rank * product * work.copies_operands if _adapted(work, index, block + "down") else columns
+    factors = operand + rows * ffn * (product + 2 * item * gated + item * work.copies_operands) + left
     matrices = 3 if gated else 2
-    before = rows * (ffn * (product - item) + 2 * hidden * product) + widened  # in the products before
-    first = before if work.widens else 0
-    return _Block(
+    # In the products before: input and gradient wide, without an activation; then a product, or at the end the rounded gradient.
+    first, last_width = rows * (2 * hidden * product - ffn * item), rank if _adapted(work, index, block + "up") else ffn
+    first += max(rows * ffn * product + widened, rows * (last_width * product + hidden * item))
+    found = _Block(
         kept=rows * (hidden + matrices * ffn) * item,
         operands=rows * (2 * hidden + matrices * ffn) * product,
-        last=columns + max(operand + added, operand + rows * ffn * product + widened, factors),
-        work=first,
+        last=max(columns + operand + added, columns + operand + rows * ffn * product + widened, factors),
+        work=first if work.copies_operands else 0,
     )
+    return found.plus(_factors(work, index, block, rows, item))
 
 
 def _mixture(work: ModelWork, index: int) -> _Block:
     """Under an even load, the experts of a rank get K rows per token. Kept are the input, the router's probabilities, the order of
     the rows, the experts' activations, and their results, by expert and by token."""
-    moe, tensor, accurate = work.model.moe, work.layout.tensor, work.accurate_bytes
+    moe, accurate = work.model.moe, work.accurate_bytes
     rows, own = work.tokens * moe.top_k, inside_bytes(work)
     results, padded = own * moe.top_k, _padded(work, rows)
-    experts = _feed_forward(work, padded, moe.ffn // tensor)
-    experts = experts.plus(_factors(work, index, "feed_forward.experts.", padded, work.item_bytes))
+    experts = _feed_forward(work, index, "feed_forward.experts.", padded, moe.ffn)
     router = work.tokens * moe.experts * accurate + rows * (3 * _INDEX_BYTES + 2 * accurate)
     kept = own + router + experts.kept + 2 * results
     wide_input = work.tokens * work.model.hidden * accurate
     router_trained = f"layers.{index}.feed_forward.router.weight" not in work.frozen
     operands = experts.operands + (work.tokens * moe.experts * accurate + wide_input) * router_trained
     added = (padded - rows) * work.model.hidden * work.item_bytes  # to the gradient of the results
-    # In the weighted sum; in the experts, when the results are gone.
-    highest = max(2 * results, max(experts.last, experts.work) + added - results)
+    # In the weighted sum; in the experts, when the results are gone, and then their gradient too.
+    highest = max(2 * results, experts.last + added - results, experts.work - 2 * results)
     if moe.shared_experts:
-        shared = _feed_forward(work, work.tokens, moe.shared_experts * moe.ffn // tensor)
-        shared = shared.plus(_factors(work, index, "feed_forward.shared.", work.tokens, work.item_bytes))
+        shared = _feed_forward(work, index, "feed_forward.shared.", work.tokens, moe.shared_experts * moe.ffn)
         kept += shared.kept - own
         operands += shared.operands - wide_input * (router_trained and work.item_bytes == accurate)  # which both read
         highest = max(highest + 2 * own - shared.kept, shared.last, shared.work)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from bagualu.parallel.config import EXPERT_ROWS_MULTIPLE, HEAD_CHUNK_TOKENS
-from bagualu.parallel.precision import accurate_dtype
+from bagualu.parallel.precision import accurate_dtype, multiply_dtype
+from bagualu.parallel.products import Products
 from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.flops import attention_flops
 
@@ -26,7 +27,7 @@ class PreparedCall:
     """A call with random values. `run` calls a variant and returns the tensor where the backward pass begins; `inputs` are those
     whose gradients it computes, none if there is no backward pass."""
 
-    run: Callable[[Callable[..., Any]], torch.Tensor]
+    run: Callable[[Any], torch.Tensor]
     inputs: list[torch.Tensor]
     measures: Callable[[Any], bool] = lambda variant: True
     """Returns whether a variant is worth measuring: it has something of its own for this call."""
@@ -124,7 +125,7 @@ def cases_of(work: ModelWork) -> Iterator[OperatorCalls]:
     chunk = min(tokens, HEAD_CHUNK_TOKENS)
     yield replace(rows("loss", chunk, model.padded_vocab // tensor, -(-tokens // chunk)), dtype=multiplied)
     for linear, calls in _linear_shapes(work).items():
-        yield OperatorCalls("linear", linear, multiplied, calls, linear.flops / _FLOPS_PER_SECOND)
+        yield OperatorCalls("linear", linear, work.dtype, calls, linear.flops / _FLOPS_PER_SECOND)
 
 
 def _linear_shapes(work: ModelWork) -> Counter[LinearShape]:
@@ -203,11 +204,15 @@ def _linear(shape: LinearShape, dtype: torch.dtype, device: torch.device, draw: 
     weight = torch.randn(shape.outputs, shape.inputs, dtype=dtype, device=device, generator=draw)
     gradient = torch.zeros(weight.shape, dtype=accurate_dtype(dtype), device=device)
 
-    def run(products: Any) -> torch.Tensor:
-        columns: torch.Tensor = products.outputs(rows, weight)
-        products.plus_input_gradient(None, columns, weight)
-        products.add_weight_gradient(gradient, columns, rows, fresh=False)
-        return columns
+    multiplied = multiply_dtype(rows)
+
+    def run(products: Products) -> torch.Tensor:
+        given = products.operand(rows, multiplied)
+        output = products.outputs(given, weight, dtype=dtype)
+        columns = products.operand(output, multiplied)
+        products.plus_input_gradient(None, columns, weight).to(dtype)
+        products.add_weight_gradient(gradient, columns, given, fresh=False)
+        return output
 
     return PreparedCall(run, [], lambda products: products.computes(dtype, shape.rows, shape.inputs, shape.outputs))
 

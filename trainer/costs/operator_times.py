@@ -17,7 +17,7 @@ from bagualu.trainer.costs.throughput import synchronize
 from bagualu.trainer.operators.operator_set import is_usable, variant_of
 from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, GENERATED, variants
 
-FORMAT = 3
+FORMAT = 4
 """A number in the KEY of a cache file. Raise it when what is measured, or how it is measured, changes."""
 BUDGET_SECONDS = 0.3
 """About the time that the rounds of a case take together, after the first calls."""
@@ -87,7 +87,7 @@ def measure(
                 raise
             log.warning("the variant %s fails (%s: %s) and is not taken", name, type(error).__name__, error)
     started = time.perf_counter()
-    for rounds in range(_MOST_ROUNDS):
+    for rounds in range(_MOST_ROUNDS if len(times) > 1 else 1):  # one that has no rival is not timed in earnest
         if rounds >= _LEAST_ROUNDS and time.perf_counter() - started > budget_seconds:
             break
         for name, taken in times.items():

@@ -98,6 +98,25 @@ class ModelWork:
         """Bytes per element of the operands of matrix products."""
         return self.accurate_bytes if self.widens else self.item_bytes
 
+    @property
+    def copies_operands(self) -> bool:
+        """Whether linear layers copy their operands to a wider dtype before they multiply them."""
+        return self.widens and not self._reads_any_dtype
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes per element of the operands of linear layers that come from outside of attention."""
+        return self.accurate_bytes if self.copies_operands else self.item_bytes
+
+    @property
+    def copies_gradients(self) -> bool:
+        """Whether linear layers round the gradient of a weight before they add it in a wider dtype."""
+        return self.on_cpu and self.operand_bytes < self.accurate_bytes and not self._reads_any_dtype
+
+    @property
+    def _reads_any_dtype(self) -> bool:
+        return self.operators.linear == "panels" and self.dtype in ("bfloat16", "float32")
+
     def passes_gradients(self, layer: int) -> bool:
         """Returns whether gradients go back into decoder layer `layer`, -1 for the embedding. They do not if the layer, all layers
         before it and the embedding are frozen, unless it is in a later stage, whose inputs always get a gradient. (Of layers that

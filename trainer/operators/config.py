@@ -29,7 +29,7 @@ class OperatorsConfig:
 
     linear: str = AUTO
     """The matrix products of linear layers, experts and the head: auto | torch: its own | tiles: on a CPU with AVX512-BF16, kernels
-    in C++ | any registered name."""
+    in C++ | panels: on one with AVX2, for float32 and bfloat16 | any registered name."""
 
     def as_dict(self) -> dict[str, str]:
         """Returns the variants by operator."""

@@ -1,22 +1,17 @@
-// What the kernels in C++ share: vectors of bfloat16 numbers, and the layout of torch's small matrix products (brgemm), which multiply
-// bfloat16 and add in float32. "Pairs" are the layout of a second factor [K, N]: [K / 2, N, 2], the rows 2i and 2i + 1 interleaved.
+// What the kernels for CPUs that multiply bfloat16 share: vectors of such numbers, and the layout of torch's small matrix products
+// (brgemm), which multiply bfloat16 and add in float32. "Pairs" are the layout of a second factor [K, N]: [K / 2, N, 2], the rows 2i
+// and 2i + 1 interleaved.
 
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <immintrin.h>
 
-#include <cstdint>
-#include <exception>
-#include <string>
+#include "kernels.h"
 
 namespace {
 
-using Half = at::BFloat16;
 using at::native::cpublas::brgemm;
-
-int64_t rounded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 __m512 load(const float* x) { return _mm512_loadu_ps(x); }
 __m256i load(const Half* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
@@ -48,19 +43,6 @@ void transpose(__m512i x[16]) {
   for (int i = 0; i < 8; i++) {
     x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
     x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
-  }
-}
-
-thread_local std::string failure;
-
-// Returns null, or what failed.
-template <class Function> const char* guarded(const Function& function) {
-  try {
-    function();
-    return nullptr;
-  } catch (const std::exception& error) {
-    failure = error.what();
-    return failure.c_str();
   }
 }
 

@@ -56,12 +56,14 @@ def _outputs(
     biases: Sequence[torch.Tensor | None],
 ) -> tuple[torch.Tensor, ...]:
     """Returns what `linears` does, without a record for a backward pass."""
-    rows, outputs = _times(x, factor).to(dtype), []
+    rows, outputs = products.operand(_times(x, factor), dtype), []
     with linear_products(x):
         for weight, bias in zip(weights, biases or (None,) * len(weights), strict=True):
-            added = None if bias is None else bias.to(dtype)
-            output = multiply_packed(rows, weight, added) if weight.is_mkldnn else products.outputs(rows, weight, added)
-            outputs.append(output.to(dtype if wide else weight.dtype))
+            added, result = None if bias is None else bias.to(dtype), dtype if wide else weight.dtype
+            if weight.is_mkldnn:
+                outputs.append(multiply_packed(rows.to(dtype), weight, added).to(result))
+            else:
+                outputs.append(products.outputs(rows, weight, added, dtype=result))
     return tuple(outputs)
 
 
@@ -86,14 +88,14 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, factor, *weights = ctx.saved_tensors
         products, dtype = ctx.products, ctx.dtype
-        rows = _times(x, factor).reshape(-1, x.shape[-1]).to(dtype)
+        rows = products.operand(_times(x, factor).reshape(-1, x.shape[-1]), dtype)
         grad_rows: torch.Tensor | None = None
         needed, count = ctx.needs_input_grad[6:], len(weights)
         grad_weights: list[torch.Tensor | None] = []
         grad_biases: list[torch.Tensor | None] = [None] * (len(needed) - count)
         with linear_products(x):
             for index, (grad, weight, sink) in enumerate(zip(grads, weights, ctx.sinks, strict=True)):
-                columns = grad.reshape(-1, grad.shape[-1]).to(dtype)
+                columns = products.operand(grad.reshape(-1, grad.shape[-1]), dtype)
                 grad_weights.append(_weight_gradient(products, sink, weight, [columns], [rows]) if needed[index] else None)
                 if grad_biases and needed[count + index]:
                     grad_biases[index] = _sum_of_rows(columns)
@@ -163,9 +165,9 @@ def _grouped_outputs(
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
         with linear_products(x):
             return tuple(F.grouped_mm(rows, weight.mT, offs=ends) for weight in weights), ends
-    dtype = multiply_dtype(x)
-    parts = _times(x, factor).to(dtype).split(counts)
-    outputs = [x.new_empty(x.shape[0], weight.shape[1], dtype=dtype) for weight in weights]
+    rows = products.operand(_times(x, factor), multiply_dtype(x))
+    parts = rows.split(counts)
+    outputs = [rows.new_empty(x.shape[0], weight.shape[1]) for weight in weights]
     with linear_products(x):
         for output, weight in zip(outputs, weights, strict=True):
             for part, out, expert in zip(parts, output.split(counts), weight, strict=True):
@@ -200,12 +202,13 @@ def _in_one_kernel(x: torch.Tensor, *weights: torch.Tensor) -> bool:
 def _separate_backward(
     ctx: Any, x: torch.Tensor, factor: torch.Tensor | None, weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
 ) -> Any:
-    dtype = multiply_dtype(x)
-    grad_input = torch.zeros_like(x, dtype=dtype)
-    rows, into = _times(x, factor).to(dtype).split(ctx.counts), grad_input.split(ctx.counts)
+    operand = partial(ctx.products.operand, dtype=multiply_dtype(x))
+    whole = operand(_times(x, factor))
+    grad_input = torch.zeros_like(whole)
+    rows, into = whole.split(ctx.counts), grad_input.split(ctx.counts)
     grad_weights = []
     for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[4:], strict=True):
-        columns = grad.to(dtype).split(ctx.counts)
+        columns = operand(grad).split(ctx.counts)
         for grad_rows, column, expert in zip(into, columns, weight, strict=True):
             ctx.products.plus_input_gradient(grad_rows, column, expert)
         grad_weights.append(_weight_gradient(ctx.products, sink, weight, columns, rows) if trained else None)

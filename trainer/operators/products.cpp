@@ -11,9 +11,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 namespace {
 
@@ -30,17 +27,6 @@ struct Matrix {
   int64_t row;
   Half* at(int64_t r, int64_t c) const { return data + r * row + c; }
 };
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-template <class T> using Buffer = std::unique_ptr<T[], Free>;
-
-template <class T> Buffer<T> allocate(int64_t count) {
-  void* memory = std::aligned_alloc(64, rounded(count * sizeof(T), 64));
-  if (!memory) throw std::bad_alloc();
-  return Buffer<T>(static_cast<T*>(memory));
-}
 
 // Calls task(begin, end) for parts of [0, tasks), in parallel. Afterwards a thread's tile registers are free again.
 template <class Task> void in_parallel(int64_t tasks, const Task& task) {

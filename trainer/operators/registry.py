@@ -32,6 +32,7 @@ _OWN = [
     EntryPoint("attention.tiles.cpu", "bagualu.trainer.operators.tiles:attention_tiles", GROUP),
     EntryPoint("gate.eager", "bagualu.trainer.operators.gate:silu_gate", GROUP),
     EntryPoint("gate.generated", "bagualu.trainer.operators.generated.gate:silu_gate", GROUP),
+    EntryPoint("linear.panels.cpu", "bagualu.trainer.operators.panels:products_in_panels", GROUP),
     EntryPoint("linear.tiles.cpu", "bagualu.trainer.operators.products:products_in_tiles", GROUP),
     EntryPoint("linear.torch", "bagualu.parallel.products:torch_products", GROUP),
     EntryPoint("loss.eager", "bagualu.parallel.vocabulary:loss_and_gradient", GROUP),

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from bagualu.trainer.operators.half_kernels import HalfKernels, address, message_of
+from bagualu.trainer.operators.cpp_kernels import AVX512_BF16, CppKernels, address, message_of
 from bagualu.trainer.operators.usual import tiles_compute
 
 
-class AttentionTiles(HalfKernels):
+class AttentionTiles(CppKernels):
     """The kernel as a variant of attention: for the arguments of `causal_attention` in bfloat16, without slopes, mask or window."""
 
     source = Path(__file__).with_suffix(".cpp")
     name = "attention in tiles"
+    instructions = AVX512_BF16
 
     def try_out(self, library: ctypes.CDLL) -> str | None:
         library.attention_workspace.restype = ctypes.c_int64

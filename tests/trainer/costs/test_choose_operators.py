@@ -23,6 +23,7 @@ from bagualu.trainer.operators.attention import attention_blocks
 from bagualu.trainer.operators.choice import GIVEN, MEASURED, USUAL, Chosen, ChosenOperators, quickest
 from bagualu.trainer.operators.config import OperatorsConfig
 from bagualu.trainer.operators.operator_set import operator_set
+from bagualu.trainer.operators.panels import products_in_panels
 from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, load_variant
 from bagualu.trainer.operators.tiles import attention_tiles
 from bagualu.trainer.operators.usual import usual_variant
@@ -221,7 +222,8 @@ def test_times_are_measured_once(tmp_path: Path) -> None:
         times = times_of(case, CPU, tmp_path)
         assert all(seconds > 0 for seconds in times.values())
         tiles = set() if attention_tiles.lacks() else {"tiles"}
-        names = {"attention": {"blocks", "kernel"} | tiles, "linear": {"torch"} | tiles}
+        panels = set() if products_in_panels.lacks() else {"panels"}
+        names = {"attention": {"blocks", "kernel"} | tiles, "linear": {"torch"} | tiles | panels}
         assert times.keys() == names.get(case.operator, {"eager"})
         assert times_of(case, CPU, tmp_path) == times  # times never repeat to the last digit
     assert len(list((tmp_path / "operators").iterdir())) == len(cases)

@@ -1,4 +1,5 @@
-"""Products in tiles are those of torch, for all shapes and wherever their operands lie; test_conformance.py checks their values."""
+"""Products in tiles and in panels are those of torch, for all shapes and wherever their operands lie; test_conformance.py checks
+their values."""
 
 import logging
 from pathlib import Path
@@ -13,11 +14,22 @@ from bagualu.trainer.costs.choose_operators import choose_operators
 from bagualu.trainer.costs.operator_cases import LinearShape, OperatorCalls
 from bagualu.trainer.costs.operator_times import measure
 from bagualu.trainer.operators import operator_set
+from bagualu.trainer.operators.cpp_kernels import CppKernels
+from bagualu.trainer.operators.panels import ProductsInPanels, products_in_panels
 from bagualu.trainer.operators.products import ProductsInTiles, products_in_tiles
 from tests.harness import run
 from tests.parity import small_recipe, train
 
-can = pytest.mark.skipif(products_in_tiles.lacks() is not None, reason=f"products in tiles need {products_in_tiles.lacks()}")
+
+def _those(own: Any, name: str) -> Any:
+    lacked = own.lacks()
+    return pytest.param(own, id=name, marks=[pytest.mark.skipif(lacked is not None, reason=f"products in {name} need {lacked}")])
+
+
+TILES, PANELS = _those(products_in_tiles, "tiles"), _those(products_in_panels, "panels")
+both = pytest.mark.parametrize("own", [TILES, PANELS])
+tiles = pytest.mark.parametrize("own", [TILES])
+panels = pytest.mark.parametrize("own", [PANELS])
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -34,65 +46,98 @@ def results(products: Products, x: torch.Tensor, weight: torch.Tensor, columns: 
 def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are called."""
     called: list[str] = []
-    before = ProductsInTiles.run
-    monkeypatch.setattr(ProductsInTiles, "run", lambda self, kernel, *given: called.append(kernel) or before(self, kernel, *given))
+    before = CppKernels.run
+    monkeypatch.setattr(CppKernels, "run", lambda self, kernel, *given: called.append(kernel) or before(self, kernel, *given))
     return called
 
 
 ALL = ["weight_gradient", "linear_outputs", "input_gradient"]
 
 
-@can
+@both
 @pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(300, 96, 160), (64, 96, 320), (2500, 64, 32)])
 def test_results_are_the_same_for_any_number_of_threads_and_each_row_for_any_others(
-    tokens: int, inputs: int, outputs: int, kernels: list[str]
+    own: Products, tokens: int, inputs: int, outputs: int, kernels: list[str]
 ) -> None:
     given, threads = (draw(tokens, inputs), draw(outputs, inputs), draw(tokens, outputs)), torch.get_num_threads()
-    first = results(products_in_tiles, *given)
+    first = results(own, *given)
     assert kernels == ALL
     try:
         for count in (1, 3, threads):
             torch.set_num_threads(count)
-            assert all(torch.equal(x, y) for x, y in zip(results(products_in_tiles, *given), first, strict=True))
+            assert all(torch.equal(x, y) for x, y in zip(results(own, *given), first, strict=True))
     finally:
         torch.set_num_threads(threads)
-    part = results(products_in_tiles, given[0][:50], given[1], given[2][:50])
+    part = results(own, given[0][:50], given[1], given[2][:50])
     assert all(torch.equal(x, y[:50]) for x, y in zip(part[:2], first[:2], strict=True))
 
 
-@can
-def test_operands_are_read_where_they_lie(kernels: list[str]) -> None:
+@both
+def test_operands_are_read_where_they_lie(own: Products, kernels: list[str]) -> None:
     x, weight, columns = draw(70, 64), draw(96, 64), draw(70, 96)
-    expected = results(products_in_tiles, x, weight, columns)
+    expected = results(own, x, weight, columns)
     wider = [torch.cat((one, one), 1)[:, : one.shape[1]] for one in (x, weight, columns)]
     strided = [torch.stack((x, -x), -1)[..., 0], weight, torch.stack((columns, -columns), -1)[..., 0]]
     for others in (wider, strided):
-        assert all(torch.equal(a, b) for a, b in zip(results(products_in_tiles, *others), expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results(own, *others), expected, strict=True))
     assert kernels[: 2 * len(ALL)] == ALL * 2
     row = columns[:1].expand(70, 96)
-    once, again = (products_in_tiles.plus_input_gradient(None, one, weight) for one in (row, row.contiguous()))
+    once, again = (own.plus_input_gradient(None, one, weight) for one in (row, row.contiguous()))
     assert torch.equal(once, again)
 
 
-@can
-def test_what_they_do_not_compute_is_torchs(kernels: list[str]) -> None:
+@tiles
+def test_what_tiles_do_not_compute_is_torchs(own: Products, kernels: list[str]) -> None:
     x, weight, columns = draw(70, 64), draw(96, 64), draw(70, 96)
     odd = [x, draw(90, 64), columns[:, :90]]
     for given in ([x[:31], weight, columns[:31]], odd, [one.float() for one in (x, weight, columns)],
                   [one.half() for one in (x, weight, columns)]):  # fmt: skip
-        found, expected = results(products_in_tiles, *given), results(torch_products, *given)
+        found, expected = results(own, *given), results(torch_products, *given)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not kernels
-    assert products_in_tiles.outputs(x.to("meta"), weight.to("meta")).device.type == "meta"
-    products_in_tiles.add_weight_gradient(torch.zeros(64, 96).T, columns, x, fresh=True)
+    assert own.outputs(x.to("meta"), weight.to("meta")).device.type == "meta"
+    own.add_weight_gradient(torch.zeros(64, 96).T, columns, x, fresh=True)
     assert not kernels
 
 
-@can
-def test_what_is_no_number_is_not_hidden(kernels: list[str]) -> None:
+@panels
+def test_panels_read_and_write_each_dtype(own: Products, kernels: list[str]) -> None:
+    wide = draw(70, 61).float(), draw(90, 61).float(), draw(70, 90).float()
+    expected = results(own, *wide)
+    for narrow in range(8):
+        given = [one.bfloat16() if narrow & 1 << index else one for index, one in enumerate(wide)]
+        assert all(own.operand(one, torch.float32) is one for one in given)
+        x, weight, columns = given
+        total = torch.ones(weight.shape)
+        own.add_weight_gradient(total, columns, x, fresh=False)
+        assert torch.equal(total, expected[2])
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(own.outputs(x, weight, dtype=dtype), expected[0].to(dtype))
+            into = torch.empty(70, 61, dtype=dtype)
+            assert torch.equal(own.plus_input_gradient(None, columns, weight, into=into), expected[1].to(dtype))
+            before = torch.ones(70, 61, dtype=dtype)
+            assert torch.equal(own.plus_input_gradient(before, columns, weight), (expected[1] + 1).to(dtype))
+    assert len(kernels) == 3 + 8 * 7
+
+
+@panels
+def test_what_panels_do_not_compute_is_torchs(own: Products, kernels: list[str]) -> None:
+    x, weight, columns = draw(70, 64), draw(96, 64), draw(70, 96)
+    for given in ([x[:0], weight, columns[:0]], [x, weight[:0], columns[:, :0]],
+                  *([one.to(dtype) for one in (x, weight, columns)] for dtype in (torch.float64, torch.float16))):  # fmt: skip
+        found, expected = results(own, *given), results(torch_products, *given)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert own.operand(x.double(), torch.float64).dtype == torch.float64
+    assert own.operand(x.half(), torch.float32).dtype == torch.float32
+    assert own.operand(x.to("meta"), torch.float32).dtype == torch.float32, "as the simulator's chip would"
+    assert not kernels
+
+
+@both
+def test_what_is_no_number_is_not_hidden(own: Products, kernels: list[str]) -> None:
     x, weight, columns = draw(70, 64), draw(96, 64), draw(70, 96)
     x[3, 5], columns[4, 6] = torch.nan, torch.inf
-    output, gradient, total = results(products_in_tiles, x, weight, columns)
+    output, gradient, total = results(own, x, weight, columns)
     assert output[3].isnan().all()
     assert not gradient[4].isfinite().any()
     assert total[:, 5].isnan().all()
@@ -101,32 +146,35 @@ def test_what_is_no_number_is_not_hidden(kernels: list[str]) -> None:
     assert kernels == ALL
 
 
+@pytest.mark.parametrize("kind", [ProductsInTiles, ProductsInPanels])
 def test_a_compiler_that_fails_is_said_once_and_torch_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     given = draw(70, 64), draw(96, 64), draw(70, 96)
-    broken = ProductsInTiles()
+    broken = kind()
     with caplog.at_level(logging.WARNING):
         _, found = (results(broken, *given) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(found, results(torch_products, *given), strict=True))
     assert [record.getMessage() for record in caplog.records] == [
-        "linear layers in tiles cannot be compiled (there is no C++ compiler); torch's kernel takes its place"
+        f"{kind.name} cannot be compiled (there is no C++ compiler); torch's kernel takes its place"
     ]
+    assert broken.operand(given[0], torch.float32).dtype == torch.float32, "no kernel reads bfloat16 then"
 
 
 MIXTURE = {"model__moe__experts": 2, "model__moe__top_k": 1, "model__moe__ffn": 64, "model__bias": "all"}
 
 
-@can
+@both
 @pytest.mark.parametrize("changes", [{}, MIXTURE], ids=["dense", "mixture"])
-def test_a_model_trains_with_them_in_every_linear_layer(changes: dict[str, object], kernels: list[str]) -> None:
+def test_a_model_trains_with_them_in_every_linear_layer(own: CppKernels, changes: dict[str, object], kernels: list[str]) -> None:
+    variants = {"ProductsInTiles": "tiles", "ProductsInPanels": "panels"}
     model = {"model__hidden": 64, "model__ffn": 96, "model__vocab": 128, "train__dtype": "bfloat16", "data__sequence_length": 64,
              "comm__backend": "simulated", **changes}  # fmt: skip
     found, expected = (
         run("simulated", 2, train, small_recipe(**model, parallel__tensor=2, operators__linear=variant), 2)
-        for variant in ("tiles", "torch")
+        for variant in (variants[type(own).__name__], "torch")
     )
     assert set(kernels) == set(ALL)
     for one, other in zip(found, expected, strict=True):
@@ -134,22 +182,22 @@ def test_a_model_trains_with_them_in_every_linear_layer(changes: dict[str, objec
         torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(other.losses), rtol=2e-3, atol=0)
 
 
-@can
 def test_they_are_measured_where_products_take_long(tmp_path: Path) -> None:
     large: dict[str, object] = {"model__hidden": 512, "model__ffn": 512, "data__sequence_length": 512, "train__dtype": "bfloat16"}
     folders: dict[str, object] = {"run__dir": str(tmp_path / "run"), "data__cache": str(tmp_path / "cache")}
     recipe = small_recipe(comm__backend="gloo", **large, **folders)
     ((chosen, _),) = run("gloo", 1, choose, recipe)
-    assert chosen.operators["linear"].seconds.keys() == {"tiles", "torch"}
+    usable = {name for name, own in (("tiles", products_in_tiles), ("panels", products_in_panels)) if own.lacks() is None}
+    assert chosen.operators["linear"].seconds.keys() == ({"torch", *usable} if usable else set())
 
 
-@can
-def test_where_they_leave_the_product_to_torch_they_are_not_measured(kernels: list[str]) -> None:
+@tiles
+def test_where_they_leave_the_product_to_torch_they_are_not_measured(own: Products, kernels: list[str]) -> None:
     cases = [OperatorCalls("linear", LinearShape(*sizes), dtype, 1, 1.0) for *sizes, dtype in (
         (64, 64, 64, "float32"), (31, 64, 64, "bfloat16"), (64, 64, 72, "bfloat16"))]  # fmt: skip
-    both: dict[str, Any] = {"tiles": products_in_tiles, "torch": torch_products}
+    two: dict[str, Any] = {"tiles": own, "torch": torch_products}
     for case in cases:
-        times = measure(case.prepare(torch.device("cpu")), both, "torch", torch.device("cpu"), budget_seconds=0)
+        times = measure(case.prepare(torch.device("cpu")), two, "torch", torch.device("cpu"), budget_seconds=0)
         assert times["tiles"] == times["torch"]
     assert not kernels
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from bagualu.comm.errors import RecipeError
 from bagualu.trainer.costs import activations
 from bagualu.trainer.costs.work import work_of
-from bagualu.trainer.operators import half_kernels, tiles
+from bagualu.trainer.operators import tiles
 from bagualu.trainer.operators.attention import attention_kernel
 from bagualu.trainer.operators.config import OperatorsConfig
+from bagualu.trainer.operators.cpp_kernels import AVX512_BF16
 from bagualu.trainer.operators.operator_set import is_usable, operator_set, variant_of
 from bagualu.trainer.operators.tiles import AttentionTiles, attention_tiles, workspace_bytes
 from tests.harness import run
@@ -204,9 +205,7 @@ def test_what_has_been_compiled_needs_no_compiler(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_processor_without_its_instructions_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: dict.fromkeys(half_kernels._INSTRUCTIONS, True) | {"avx512_bf16": False}
-    )
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(AVX512_BF16.names, True) | {"avx512_bf16": False})
     assert not is_usable("attention", "tiles", "cpu")
     assert refusal().startswith("operators.attention=tiles needs a CPU with AVX512-BF16 instructions, which this machine has not")
 

@@ -1,8 +1,9 @@
-"""Kernels in C++ for CPUs that multiply bfloat16 matrices, as variants of operators."""
+"""Kernels in C++ for CPUs with certain instructions, as variants of operators."""
 
 import ctypes
 import logging
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,34 @@ import torch
 from bagualu.trainer.operators.compiled import CompileError, is_compiled, load_compiled
 from bagualu.trainer.user_settings import cpp_compiler
 
-_OPTIONS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16")
-_INSTRUCTIONS = ("fma3", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
-"""The instruction sets of `_OPTIONS`, as torch names them."""
 _COMPILER = "a C++ compiler that works (g++, or what the variable CXX names)"
 log = logging.getLogger(__name__)
 
 
-class HalfKernels(ABC):
+@dataclass(frozen=True)
+class Instructions:
+    """Instructions that a CPU may have. `options` make the compiler use them; `names` are torch's."""
+
+    called: str
+    options: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+AVX512_BF16 = Instructions(
+    "AVX512-BF16",
+    ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+    ("fma3", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16"),
+)
+AVX2 = Instructions("AVX2", ("-mfma", "-mavx2"), ("fma3", "avx2"))
+
+
+class CppKernels(ABC):
     """The functions of a C++ file, which is compiled when they are first needed. Each returns null, or a message if it fails."""
 
     source: Path
     name: str
     """What the functions compute, for messages."""
+    instructions: Instructions
 
     @abstractmethod
     def try_out(self, library: ctypes.CDLL) -> str | None:
@@ -34,9 +50,9 @@ class HalfKernels(ABC):
     def lacks(self) -> str | None:
         """Returns what the kernels need and this machine has not; None if nothing."""
         capabilities = torch.cpu.get_capabilities()
-        if not all(capabilities.get(name) for name in _INSTRUCTIONS):
-            return "a CPU with AVX512-BF16 instructions"
-        if cpp_compiler() is None and not is_compiled(self.source, _OPTIONS):
+        if not all(capabilities.get(name) for name in self.instructions.names):
+            return f"a CPU with {self.instructions.called} instructions"
+        if cpp_compiler() is None and not is_compiled(self.source, self.instructions.options):
             return _COMPILER
         return None
 
@@ -48,7 +64,7 @@ class HalfKernels(ABC):
     def library(self) -> ctypes.CDLL | None:
         """The compiled functions; None, and a line is logged, if they cannot be had."""
         try:
-            library = load_compiled(self.source, _OPTIONS)
+            library = load_compiled(self.source, self.instructions.options)
             if (failed := self.try_out(library)) is not None:
                 raise CompileError(failed.partition("\n")[0])
         except CompileError as error:
@@ -73,3 +89,13 @@ def message_of(function: Any, *given: Any) -> str | None:
 def address(x: torch.Tensor) -> ctypes.c_void_p:
     """Returns the address of a tensor's first element, as an argument of a function of a library."""
     return ctypes.c_void_p(x.data_ptr())
+
+
+def sizes_of(*sizes: int) -> list[ctypes.c_int64]:
+    """Returns sizes as arguments of a function of a library."""
+    return [ctypes.c_int64(size) for size in sizes]
+
+
+def with_rows(x: torch.Tensor) -> torch.Tensor:
+    """Returns x [N, width], copied if elements of a row do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
