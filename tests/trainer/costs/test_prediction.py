@@ -12,6 +12,7 @@ from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.prediction import Memory, fullest, predict
 from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.operators.panels import products_in_panels
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import train_step
 from tests.harness import run
@@ -120,6 +121,12 @@ def counted(communicator: Communicator, recipe: Recipe) -> tuple[dict[str, int],
     return held, memory.peak, predicted(state)
 
 
+PANELS = {"operators__linear": "panels", "train__dtype": "bfloat16"}
+IN_PANELS: list[tuple[int, dict[str, object]]] = [
+    (1, {}), (2, {"parallel__data": 2, "parallel__zero": 2, **MIXTURE}), (2, {**LORA, "parallel__tensor": 2}),
+    (2, {"parallel__pipeline": 2, "parallel__schedule": "zb_v"}),
+]  # fmt: skip
+NEEDS_PANELS = pytest.mark.skipif(products_in_panels.lacks() is not None, reason=f"needs {products_in_panels.lacks()}")
 SEQUENCE = {"parallel__tensor": 2, "parallel__sequence": True}
 TWO_BATCHES = {"parallel__data": 2, "parallel__pipeline": 2, "data__global_batch": 4}
 """Both micro-batches are in flight only before the first backward pass, when no gradients are in reduction."""
@@ -156,6 +163,7 @@ ONE_BATCHES: list[tuple[int, dict[str, object]]] = [
         (2, {"parallel__data": 2, "parallel__zero": 3, "parallel__memory_bytes": 10**9}),
         (2, {"parallel__data": 2, "parallel__zero": 3, "parallel__memory_bytes": 11_000_000}),
         (1, {"train__offload_bytes": 2**30}),
+        *(pytest.param(ranks, {**changes, **PANELS}, marks=[NEEDS_PANELS]) for ranks, changes in IN_PANELS),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 2}),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 3}),
         *(  # each on one of three layouts, and on the others where slow tests run
