@@ -42,7 +42,7 @@ def test_after_a_step_that_fails_whenever_it_is_done_not_to_resume_alone_is_the_
     assert main([*words, *typed.groups()]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("backend", ["gloo", "simulated"])
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("simulated", marks=pytest.mark.slow)])
 def test_a_refusal_by_the_workers_is_one_line_too_and_the_last(tmp_path, leftovers, backend):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/small.txt").write_text("abc")

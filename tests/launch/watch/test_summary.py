@@ -23,7 +23,13 @@ def write_before(folder):
     (folder / "summary.json").write_text(json.dumps(BEFORE))
 
 
-@pytest.mark.parametrize("words", [SIMULATED, ["launch.workers=1", *SIMULATED[1:]]], ids=["simulated", "gloo"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(SIMULATED, id="simulated", marks=pytest.mark.slow),
+        pytest.param(["launch.workers=1", *SIMULATED[1:]], id="gloo"),
+    ],
+)
 def test_running_then_failed_or_stopped(start, tmp_path, words):
     write_before(tmp_path / "run")
     run = start("run.name=raise0", *words)

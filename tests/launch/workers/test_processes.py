@@ -141,7 +141,7 @@ def test_a_run_listens_on_the_loopback_alone(start, monkeypatch):
     assert run.end()[0] == 75
 
 
-@pytest.mark.parametrize("backend", ["gloo", "simulated"])
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("simulated", marks=pytest.mark.slow)])
 def test_a_request_to_stop_that_comes_while_it_starts_ends_it_with_code_75(start, backend):
     run = start(*TWO, f"comm.backend={backend}", cold=True)
     run.until(lambda: catches(run.process.pid, signal.SIGTERM))  # from there on it imports torch
@@ -157,7 +157,7 @@ def test_a_request_to_stop_that_comes_while_it_starts_ends_it_with_code_75(start
     assert "at step 3" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_what_is_sent_to_the_whole_process_group_stops_workers_at_a_step_and_spares_their_children(start, number):
     """Ctrl-C in a terminal and the program `timeout` signal the whole process group. What a worker has started, such as a compiler,
     must survive that, because the worker still needs it to finish its step."""
@@ -190,7 +190,7 @@ def _until_all(processes, condition):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("backend", ["gloo", "simulated"])
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("simulated", marks=pytest.mark.slow)])
 def test_a_second_ctrl_c_ends_a_run_that_will_not_stop(start, gone, backend):
     run = start(*TWO, "run.name=deaf", f"comm.backend={backend}")
     ranks = run.started(ranks=2)

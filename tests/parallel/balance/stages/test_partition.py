@@ -30,8 +30,8 @@ def random_problem(rng: random.Random) -> Problem:
 @pytest.mark.parametrize(
     ("cases", "halves"),
     [
-        (600, False),
-        (50, True),
+        (200, False),
+        (25, True),
         pytest.param(4000, False, marks=pytest.mark.slow),
         pytest.param(600, True, marks=pytest.mark.slow),
     ],
