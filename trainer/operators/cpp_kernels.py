@@ -99,3 +99,16 @@ def sizes_of(*sizes: int) -> list[ctypes.c_int64]:
 def with_rows(x: torch.Tensor) -> torch.Tensor:
     """Returns x [N, width], copied if elements of a row do not lie side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def have_sizes(rows: torch.Tensor | None = None, columns: torch.Tensor | None = None, weight: torch.Tensor | None = None) -> bool:
+    """Returns whether the matrices of a linear layer that are given, two or three of rows [N, I], columns [N, O] and weight [O, I],
+    belong together."""
+    found: dict[str, set[int]] = {"N": set(), "I": set(), "O": set()}
+    for matrix, dims in ((rows, "NI"), (columns, "NO"), (weight, "OI")):
+        if matrix is not None:
+            if matrix.ndim != len(dims):
+                return False
+            for dim, size in zip(dims, matrix.shape, strict=True):
+                found[dim].add(size)
+    return all(len(sizes) == 1 for sizes in found.values())

@@ -1,6 +1,6 @@
 // What the kernels for CPUs that multiply bfloat16 share: vectors of such numbers, and the layout of torch's small matrix products
-// (brgemm), which multiply bfloat16 and add in float32. "Pairs" are the layout of a second factor [K, N]: [K / 2, N, 2], the rows 2i
-// and 2i + 1 interleaved.
+// (brgemm), which multiply bfloat16 and add in float32. "Pairs" are the layout of a second factor [K, N]: [K / 2, N, 2], the rows
+// 2i and 2i + 1 interleaved.
 
 #pragma once
 

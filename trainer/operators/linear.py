@@ -2,8 +2,9 @@
 
 Shapes: N rows, I input width, O output width, E experts.
 
-Matrix multiplications run in `multiply_dtype`, sums of gradients in at least float32. Several linear layers with the same input are
-one operation: the input is saved and converted once, and its gradient is accumulated in place.
+Matrix multiplications run in `multiply_dtype`, unless `Products` reads operands as they are; gradients of weights are added in at
+least float32. Several linear layers with the same input are one operation: the input is saved and converted once, and its gradient
+is accumulated in place.
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,12 @@
-// The matrix products of linear layers on a CPU that does not multiply bfloat16: in float32, of operands that are float32 or bfloat16
-// each. They are widened while they are packed into panels, sums are rounded when they are complete, and weight gradients are added in
-// float32 where they belong. The blocks are those of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008:
-// a panel of the right factor stays in the first cache while rows of the left one pass, which stay in the second. panels.py compiles
-// this file and calls it.
+// The matrix products of linear layers on a CPU that does not multiply bfloat16: in float32, of operands that are float32 or
+// bfloat16 each. They are widened while they are packed into panels, sums are rounded when they are complete, and weight gradients
+// are added in float32 where they belong. The blocks are those of Goto and van de Geijn, "Anatomy of high-performance matrix
+// multiplication", 2008: a panel of the right factor stays in the first cache while rows of the left one pass, which stay in the
+// second. What is packed takes 8 MiB at most, however large a weight is, and some 2 MiB for each thread. panels.py compiles this
+// file and calls it.
 //
-// One thread computes an element, by a sum in a fixed order. So results do not depend on the number of threads, and the result for a
-// row does not depend on the other rows.
+// One thread computes an element, by a sum in a fixed order. So results do not depend on the number of threads, and the result for
+// a row does not depend on the other rows.
 //
 // Shapes: M rows of the result, N columns, K products for each element.
 
@@ -18,14 +19,14 @@
 
 namespace {
 
-constexpr int64_t kHeight = 6;   // rows of a tile, whose sums are in registers
-constexpr int64_t kWidth = 16;   // columns of a tile and of a panel
-constexpr int64_t kRows = 96;    // about as many rows are a task
-constexpr int64_t kSpan = 4096;  // the most columns of a task
-constexpr int64_t kStep = 384;   // products that are added up in registers
-constexpr int64_t kFew = 32;     // products for which all panels are packed at a time
-constexpr int64_t kAhead = 8;    // rows that are fetched before they are packed
-constexpr int64_t kDepth = 2048; // the most rows of the right factor that are packed at a time, if results need not be rounded
+constexpr int64_t kHeight = 6;        // rows of a tile, whose sums are in registers
+constexpr int64_t kWidth = 16;        // columns of a tile and of a panel
+constexpr int64_t kRows = 96;         // rows that a thread computes at a time, or a few more or less
+constexpr int64_t kStep = 384;        // products of an element that are added up before its sum leaves the registers
+constexpr int64_t kFew = 32;          // rows of the right factor that are packed for all panels at a time
+constexpr int64_t kAhead = 8;         // rows that are fetched before they are packed
+constexpr int64_t kDepth = 2048;      // the most rows of the right factor that are packed at a time, if results are not rounded
+constexpr int64_t kPacked = 1 << 21;  // the most elements that are packed at a time, unless a single panel has more
 
 // Rows of elements that lie side by side, `row` elements apart. `half`: they are bfloat16, else float32.
 struct Matrix {
@@ -44,7 +45,7 @@ __m256 load(const Half* x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 void store(float* to, __m256 x) { _mm256_storeu_ps(to, x); }
-void store(Half* to, __m256 x) {  // rounds to the nearest, of two to the even one
+void store(Half* to, __m256 x) {  // rounds to the nearest number, ties to even
   const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
@@ -77,7 +78,8 @@ void transpose(__m256 x[8]) {
 }
 
 // Writes [height, width], `row` elements apart, as rows of `padded` elements; the rest of each is zeros.
-template <class T> void widen(const T* from, int64_t row, int64_t height, int64_t width, int64_t padded, float* to, int64_t to_row) {
+template <class T>
+void widen(const T* from, int64_t row, int64_t height, int64_t width, int64_t padded, float* to, int64_t to_row) {
   for (int64_t r = 0; r < height; r++, from += row, to += to_row) {
     prefetch(from + kAhead * row, width);
     int64_t c = 0;
@@ -86,8 +88,8 @@ template <class T> void widen(const T* from, int64_t row, int64_t height, int64_
   }
 }
 
-// Writes [depth, height] as tiles [depth, kHeight], `tile` elements apart, which have room for two more elements. Rows of the last one
-// may be zeros.
+// Writes [depth, height] as tiles [depth, kHeight], `tile` elements apart, which have room for two more elements. Columns of the
+// last one may be zeros.
 template <class T> void pack_tiles(const T* from, int64_t row, int64_t depth, int64_t height, float* to, int64_t tile) {
   for (int64_t k = 0; k < depth; k++, from += row) {
     prefetch(from + kAhead * row, height);
@@ -113,9 +115,10 @@ template <class T> void pack_columns(const T* from, int64_t row, int64_t depth, 
     for (int64_t c = 0; c < kWidth; c++) to[k * kWidth + c] = c < width ? float(from[c * row + k]) : 0;
 }
 
-// Writes left [kHeight, depth] times a panel [depth, kWidth] to the sums of a tile, or adds it to them. An element of the left factor
-// is `row` from the one below it and `next` from the one beside it.
-void multiply_tile(int64_t depth, const float* left, int64_t row, int64_t next, const float* panel, float* sums, int64_t sums_row, bool add) {
+// Writes left [kHeight, depth] times a panel [depth, kWidth] to the sums of a tile, or adds it to them. An element of the left
+// factor is `row` from the one below it and `next` from the one beside it.
+void multiply_tile(int64_t depth, const float* left, int64_t row, int64_t next, const float* panel, float* sums, int64_t sums_row,
+                   bool add) {
   __m256 x[kHeight][2];
 #pragma GCC unroll 6
   for (int r = 0; r < kHeight; r++)
@@ -150,56 +153,58 @@ template <class Task> void in_parallel(int64_t tasks, const Task& task) { at::pa
 
 int64_t parts_of(int64_t n, int64_t size) { return rounded(n, size) / size; }
 
-// How `multiply` reads its factors.
-struct Form {
-  bool turned;  // the left one is given as [K, M]
-  bool across;  // the right one is given as [N, K]
+// Whether `multiply` reads the transposed of what is given as its left factor, as its right factor.
+struct Transposed {
+  bool left, right;
 };
 
 // Writes left [M, K] times right [K, N] to result [M, N], plus bias [N] unless it is null, or adds it to what is there.
-void multiply(Form form, int64_t rows, int64_t columns, int64_t products, Matrix left, Matrix right, const float* bias, bool add,
-              Matrix result) {
-  const int64_t most = result.half ? products : std::min(products, kDepth), panels = parts_of(columns, kWidth);
-  const auto packed = allocate<float>(most * panels * kWidth);
-  // As many rows and columns for each task, and as many tasks for each thread.
-  const int64_t spans = parts_of(columns, kSpan), span = rounded(parts_of(columns, spans), kWidth);
+void multiply(Transposed transposed, int64_t rows, int64_t columns, int64_t products, Matrix left, Matrix right, const float* bias,
+              bool add, Matrix result) {
+  // Rounded results are complete before they are written; others are added up in several parts. Parts have about the same size.
+  const int64_t deepest = result.half ? products : std::min(products, kDepth);
+  const int64_t widest = std::max(kPacked / deepest / kWidth, int64_t{1}) * kWidth;
+  const int64_t span = rounded(parts_of(columns, parts_of(columns, widest)), kWidth);
   const int64_t blocks = rounded(parts_of(rows, kRows), at::get_num_threads()), height = rounded(parts_of(rows, blocks), kHeight);
-  const int64_t row = form.turned ? 1 : kStep + 16, next = form.turned ? kHeight : 1;  // in a tile of the left block
-  const int64_t tile = form.turned ? kStep * kHeight + 8 : kHeight * row, sums_row = span + kWidth;  // not powers of two
-  for (int64_t done = 0; done < products; done += most) {
-    const int64_t depth = std::min(most, products - done);
-    in_parallel(panels, [&](int64_t begin, int64_t end) {
-      for (int64_t k = 0; k < depth; k += kFew)  // panels that lie side by side read the same lines of the cache
-        for (int64_t c = begin * kWidth; c < end * kWidth; c += kWidth) {
-          const int64_t step = std::min(kFew, depth - k), width = std::min(kWidth, columns - c);
-          float* const to = packed.get() + c * depth + k * kWidth;
-          if (form.across) right.at(c, done + k, [&](const auto* from) { pack_columns(from, right.row, step, width, to); });
-          else right.at(done + k, c, [&](const auto* from) { widen(from, right.row, step, width, kWidth, to, kWidth); });
+  const int64_t row = transposed.left ? 1 : kStep + 16, next = transposed.left ? kHeight : 1;  // in a tile of the left block
+  const int64_t tile = transposed.left ? kStep * kHeight + 8 : kHeight * row, sums_row = span + kWidth;  // not powers of two
+  const auto packed = allocate<float>(deepest * span);
+  for (int64_t first = 0; first < columns; first += span)
+    for (int64_t done = 0; done < products; done += deepest) {
+      const int64_t width = std::min(span, columns - first), depth = std::min(deepest, products - done);
+      in_parallel(parts_of(width, kWidth), [&](int64_t begin, int64_t end) {
+        for (int64_t k = 0; k < depth; k += kFew)  // panels that lie side by side read the same lines of the cache
+          for (int64_t c = begin * kWidth; c < end * kWidth; c += kWidth) {
+            const int64_t step = std::min(kFew, depth - k), used = std::min(kWidth, width - c);
+            float* const to = packed.get() + c * depth + k * kWidth;
+            if (transposed.right)
+              right.at(first + c, done + k, [&](const auto* from) { pack_columns(from, right.row, step, used, to); });
+            else right.at(done + k, first + c, [&](const auto* from) { widen(from, right.row, step, used, kWidth, to, kWidth); });
+          }
+      });
+      in_parallel(blocks, [&](int64_t begin, int64_t end) {
+        const auto sums = allocate<float>(height * sums_row), block = allocate<float>(height / kHeight * tile);
+        for (int64_t n = begin * height; n < std::min(end * height, rows); n += height) {
+          const int64_t count = std::min(height, rows - n);
+          for (int64_t k = 0; k < depth; k += kStep) {
+            const int64_t step = std::min(kStep, depth - k);
+            if (transposed.left)
+              left.at(done + k, n, [&](const auto* from) { pack_tiles(from, left.row, step, count, block.get(), tile); });
+            else {
+              left.at(n, done + k, [&](const auto* from) { widen(from, left.row, count, step, step, block.get(), row); });
+              std::fill(block.get() + count * row, block.get() + rounded(count, kHeight) * row, 0.0f);
+            }
+            for (int64_t c = 0; c < width; c += kWidth)
+              for (int64_t r = 0; r < count; r += kHeight)
+                multiply_tile(step, block.get() + r / kHeight * tile, row, next, packed.get() + c * depth + k * kWidth,
+                              sums.get() + r * sums_row + c, sums_row, k > 0);
+          }
+          const float* const added = bias && done == 0 ? bias + first : nullptr;
+          for (int64_t r = 0; r < count; r++)
+            result.at(n + r, first, [&](auto* to) { finish(sums.get() + r * sums_row, added, width, add || done > 0, to); });
         }
-    });
-    in_parallel(blocks * spans, [&](int64_t begin, int64_t end) {
-      const auto sums = allocate<float>(height * sums_row), block = allocate<float>(height / kHeight * tile);
-      for (int64_t task = begin; task < end; task++) {
-        const int64_t n = task / spans * height, known = std::min(height, rows - n);
-        const int64_t first = task % spans * span, width = std::min(span, columns - first);
-        if (known <= 0 || width <= 0) continue;
-        for (int64_t k = 0; k < depth; k += kStep) {
-          const int64_t step = std::min(kStep, depth - k);
-          if (form.turned) left.at(done + k, n, [&](const auto* from) { pack_tiles(from, left.row, step, known, block.get(), tile); });
-          else left.at(n, done + k, [&](const auto* from) { widen(from, left.row, known, step, step, block.get(), row); });
-          if (!form.turned) std::fill(block.get() + known * row, block.get() + rounded(known, kHeight) * row, 0.0f);
-          for (int64_t c = 0; c < width; c += kWidth)
-            for (int64_t r = 0; r < known; r += kHeight)
-              multiply_tile(step, block.get() + r / kHeight * tile, row, next, packed.get() + (first + c) * depth + k * kWidth,
-                            sums.get() + r * sums_row + c, sums_row, k > 0);
-        }
-        for (int64_t r = 0; r < known; r++)
-          result.at(n + r, first, [&](auto* to) {
-            finish(sums.get() + r * sums_row, bias ? bias + first : nullptr, width, add || done > 0, to);
-          });
-      }
-    });
-  }
+      });
+    }
 }
 
 }  // namespace
@@ -213,11 +218,11 @@ extern "C" const char* linear_outputs(int64_t tokens, int64_t outputs, int64_t i
 // Writes columns [N, O], the gradient of the outputs, times weight [O, I] to result [N, I], or adds it to what is there.
 extern "C" const char* input_gradient(int64_t tokens, int64_t outputs, int64_t inputs, const Matrix* columns, const Matrix* weight,
                                       bool add, const Matrix* result) {
-  return guarded([&] { multiply({}, tokens, inputs, outputs, *columns, *weight, nullptr, add, *result); });
+  return guarded([&] { multiply({false, false}, tokens, inputs, outputs, *columns, *weight, nullptr, add, *result); });
 }
 
 // Writes columns [N, O], transposed, times rows [N, I], the gradient of a weight, to total [O, I], or adds it to what is there.
 extern "C" const char* weight_gradient(int64_t tokens, int64_t outputs, int64_t inputs, const Matrix* columns, const Matrix* rows,
                                        bool add, const Matrix* total) {
-  return guarded([&] { multiply({true}, outputs, inputs, tokens, *columns, *rows, nullptr, add, *total); });
+  return guarded([&] { multiply({true, false}, outputs, inputs, tokens, *columns, *rows, nullptr, add, *total); });
 }

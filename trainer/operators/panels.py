@@ -13,9 +13,11 @@ import torch
 
 from bagualu.parallel.precision import multiply_dtype
 from bagualu.parallel.products import Products
-from bagualu.trainer.operators.cpp_kernels import AVX2, CppKernels, address, message_of, sizes_of, with_rows
+from bagualu.trainer.operators.cpp_kernels import AVX2, CppKernels, address, have_sizes, message_of, sizes_of, with_rows
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_LEAST_ROWS = 8
+"""For fewer rows, packing a weight takes longer than the product, and a run does not measure it."""
 
 
 class ProductsInPanels(CppKernels, Products):
@@ -31,11 +33,14 @@ class ProductsInPanels(CppKernels, Products):
         return message_of(library.linear_outputs, *sizes_of(1, 1, 1), *[_matrix(tried)] * 2, None, _matrix(tried))
 
     def computes(self, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> bool:
-        quicker = dtype == torch.float32 or multiply_dtype(torch.empty(0, dtype=dtype)) == torch.float32
-        return dtype in _DTYPES and quicker and min(rows, inputs, outputs) > 0
+        if dtype == torch.float32:
+            quicker = not torch.cpu.get_capabilities().get("avx512_f")  # which torch's products use
+        else:
+            quicker = dtype == torch.bfloat16 and multiply_dtype(torch.empty(0, dtype=dtype)) == torch.float32
+        return quicker and rows >= _LEAST_ROWS and min(inputs, outputs) > 0
 
     def operand(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return x if dtype in _DTYPES and self._reads(x) else super().operand(x, dtype)
+        return x if dtype in _DTYPES and _is_plain(x) and self.library is not None else super().operand(x, dtype)
 
     def outputs(
         self,
@@ -45,39 +50,56 @@ class ProductsInPanels(CppKernels, Products):
         into: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        if not self._reads(rows, weight, bias, into):
-            return super().outputs(rows, weight, bias, into, dtype)
-        flat, added = with_rows(rows.reshape(-1, rows.shape[-1])), None if bias is None else bias.float().contiguous()
+        flat = rows.reshape(-1, rows.shape[-1])
+        fits = bias is None or bias.shape == weight.shape[:1]
+        if not (fits and self._multiplies(into, rows=flat, weight=weight, columns=into)):
+            alike, same = _in_one_dtype(rows, weight)
+            found = super().outputs(alike, same, None if bias is None else bias.to(alike.dtype), dtype=dtype or rows.dtype)
+            return found if into is None else into.copy_(found)
         result = flat.new_empty(len(flat), len(weight), dtype=dtype) if into is None else into
-        where = None if added is None else address(added)
-        sizes = sizes_of(len(flat), *weight.shape)
-        self.run("linear_outputs", *sizes, _matrix(flat), _matrix(with_rows(weight)), where, _matrix(result))
+        added = None if bias is None else bias.float().contiguous()
+        flat, weight = with_rows(flat), with_rows(weight)
+        sizes, where = sizes_of(len(flat), *weight.shape), None if added is None else address(added)
+        self.run("linear_outputs", *sizes, _matrix(flat), _matrix(weight), where, _matrix(result))
         return result.view(*rows.shape[:-1], len(weight))
 
     def plus_input_gradient(
         self, total: torch.Tensor | None, columns: torch.Tensor, weight: torch.Tensor, into: torch.Tensor | None = None
     ) -> torch.Tensor:
         result = into if total is None else total
-        if not self._reads(columns, weight, result):
-            return super().plus_input_gradient(total, columns, weight, into)
-        columns, weight, sizes = with_rows(columns), with_rows(weight), sizes_of(len(columns), *weight.shape)
+        if not self._multiplies(result, rows=result, weight=weight, columns=columns):
+            found = super().plus_input_gradient(None, *_in_one_dtype(columns, weight)).to(columns.dtype)
+            if result is None:
+                return found
+            return result.copy_(found) if total is None else result.add_(found)
         result = columns.new_empty(len(columns), weight.shape[1]) if result is None else result
+        columns, weight = with_rows(columns), with_rows(weight)
+        sizes = sizes_of(len(columns), *weight.shape)
         self.run("input_gradient", *sizes, _matrix(columns), _matrix(weight), total is not None, _matrix(result))
         return result
 
     def add_weight_gradient(self, total: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor, fresh: bool) -> None:
-        if not (self._reads(total, columns, rows) and total.stride(1) == 1):
-            return super().add_weight_gradient(total, columns, rows, fresh)
-        columns, rows, sizes = with_rows(columns), with_rows(rows), sizes_of(len(rows), *total.shape)
+        if not self._multiplies(total, rows=rows, weight=total, columns=columns):
+            return super().add_weight_gradient(total, *_in_one_dtype(columns, rows), fresh)
+        columns, rows = with_rows(columns), with_rows(rows)
+        sizes = sizes_of(len(rows), *total.shape)
         self.run("weight_gradient", *sizes, _matrix(columns), _matrix(rows), not fresh, _matrix(total))
         return None
 
-    def _reads(self, *tensors: torch.Tensor | None) -> bool:
-        """Returns whether the kernels read these tensors, none of them empty."""
-        return all(x is None or _is_plain(x) for x in tensors) and self.library is not None
+    def _multiplies(self, result: torch.Tensor | None, **matrices: torch.Tensor | None) -> bool:
+        """Returns whether the kernels multiply these matrices, and write to `result`, if it is given."""
+        given = {name: x for name, x in matrices.items() if x is not None}
+        lies_in_rows = result is None or result.stride(-1) == 1
+        return lies_in_rows and have_sizes(**given) and all(map(_is_plain, given.values())) and self.library is not None
 
 
 products_in_panels = ProductsInPanels()
+
+
+def _in_one_dtype(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns both in the wider of their dtypes, as torch's products want them."""
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return one.to(dtype), other.to(dtype)
 
 
 def _is_plain(x: torch.Tensor) -> bool:

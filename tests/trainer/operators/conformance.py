@@ -222,6 +222,11 @@ def check_loss(variant: Variant, dtype: torch.dtype, device: torch.device) -> No
     assert gradient.tolist() == [[1.0, -1.0]], "an overflow"
 
 
+def _in_columns(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x [N, W] of which the elements of a column lie side by side."""
+    return x.T.clone(memory_format=torch.contiguous_format).T
+
+
 def check_linear(products: Products, dtype: torch.dtype, device: torch.device) -> None:
     """The products of linear layers, alone and added to what is there, for many and few rows and for widths that tiles divide or do
     not; rows, weights and gradients may be parts of larger tensors."""
@@ -234,6 +239,7 @@ def check_linear(products: Products, dtype: torch.dtype, device: torch.device) -
         (2100, 32, 64),
         (40, 32, 0),
         (320, 64, 2112),
+        (9, 4200, 17),
         (0, 32, 32),
     ):
         x, weight, columns = draw(rows, inputs + 8), draw(outputs, inputs, seed=1), draw(rows, outputs + 8, seed=2)
@@ -249,12 +255,20 @@ def check_linear(products: Products, dtype: torch.dtype, device: torch.device) -
             ("output of several dimensions", products.outputs(x.unflatten(0, (1, rows)), weight)[0], exact[0]),
             ("output with a bias", products.outputs(x, weight, bias), exact[0] + bias.cpu().double()),
             ("output written elsewhere", products.outputs(x, weight, into=torch.empty_like(columns)), exact[0]),
+            ("output written to columns", products.outputs(x, weight, into=_in_columns(columns)), exact[0]),
+            ("output for a transposed weight", products.outputs(x, _in_columns(weight)), exact[0]),
+            ("output for operands as it takes them", products.outputs(products.operand(x, wide), weight, dtype=dtype), exact[0]),
             ("gradient of the input", products.plus_input_gradient(None, columns, weight), exact[1]),
             ("sum of gradients", products.plus_input_gradient(before.clone(), columns, weight), exact_before + exact[1]),
             ("gradient written elsewhere", products.plus_input_gradient(None, columns, weight, into=x.clone()), exact[1]),
+            ("gradient written to columns", products.plus_input_gradient(None, columns, weight, into=_in_columns(x)), exact[1]),
+            ("sum in columns", products.plus_input_gradient(_in_columns(before), columns, weight), exact_before + exact[1]),
         ):
             assert found.dtype == dtype, f"{name} in another dtype"
             _assert_close(name, found, expected, ERRORS[dtype])
+        unrounded = products.outputs(products.operand(x, wide), weight, bias.to(wide), dtype=wide)
+        assert unrounded.dtype == wide, "output in another dtype than asked for"
+        _assert_close("output that is not rounded", unrounded, exact[0] + bias.cpu().double(), ERRORS[dtype])
         for fresh, expected in ((False, total.cpu().double() + exact[2]), (True, exact[2])):
             products.add_weight_gradient(total, columns, x, fresh)
             _assert_close(f"gradient of a weight, fresh: {fresh}", total, expected, ERRORS[dtype])

@@ -229,8 +229,13 @@ def returns_the_logits(logits: Any, target: Any, counts: Any, group: Any) -> tup
 
 
 class ForgetsTheBias(Products):
-    def outputs(self, rows: Any, weight: Any, bias: Any = None, into: Any = None) -> torch.Tensor:
-        return super().outputs(rows, weight, None, into)
+    def outputs(self, rows: Any, weight: Any, bias: Any = None, into: Any = None, dtype: Any = None) -> torch.Tensor:
+        return super().outputs(rows, weight, None, into, dtype)
+
+
+class RoundsWhatShallBeWide(Products):
+    def outputs(self, rows: Any, weight: Any, bias: Any = None, into: Any = None, dtype: Any = None) -> torch.Tensor:
+        return super().outputs(rows.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype), into)
 
 
 class AddsToOldGradients(Products):
@@ -269,6 +274,7 @@ WRONG: list[tuple[str, Any, torch.dtype, str]] = [
     ("loss", overflows, torch.float32, "overflow"),
     ("loss", returns_the_logits, torch.float32, "gradient is wrong"),
     ("linear", ForgetsTheBias(), torch.bfloat16, "output with a bias is wrong"),
+    ("linear", RoundsWhatShallBeWide(), torch.bfloat16, "output in another dtype than asked for"),
     ("linear", AddsToOldGradients(), torch.bfloat16, "gradient of a weight, fresh: True is wrong"),
     ("linear", AddsIn16Bits(), torch.float32, "gradient of a weight, fresh: False is wrong"),
     ("linear", OverwritesTheSum(), torch.bfloat16, "sum of gradients is wrong"),
