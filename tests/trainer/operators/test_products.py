@@ -21,12 +21,12 @@ from tests.harness import run
 from tests.parity import small_recipe, train
 
 
-def _those(own: Any, name: str) -> Any:
+def _case(own: Any, name: str) -> Any:
     lacked = own.lacks()
     return pytest.param(own, id=name, marks=[pytest.mark.skipif(lacked is not None, reason=f"products in {name} need {lacked}")])
 
 
-TILES, PANELS = _those(products_in_tiles, "tiles"), _those(products_in_panels, "panels")
+TILES, PANELS = _case(products_in_tiles, "tiles"), _case(products_in_panels, "panels")
 both = pytest.mark.parametrize("own", [TILES, PANELS])
 tiles = pytest.mark.parametrize("own", [TILES])
 panels = pytest.mark.parametrize("own", [PANELS])
@@ -169,12 +169,11 @@ MIXTURE = {"model__moe__experts": 2, "model__moe__top_k": 1, "model__moe__ffn": 
 @both
 @pytest.mark.parametrize("changes", [{}, MIXTURE], ids=["dense", "mixture"])
 def test_a_model_trains_with_them_in_every_linear_layer(own: CppKernels, changes: dict[str, object], kernels: list[str]) -> None:
-    variants = {"ProductsInTiles": "tiles", "ProductsInPanels": "panels"}
     model = {"model__hidden": 64, "model__ffn": 96, "model__vocab": 128, "train__dtype": "bfloat16", "data__sequence_length": 64,
              "comm__backend": "simulated", **changes}  # fmt: skip
     found, expected = (
         run("simulated", 2, train, small_recipe(**model, parallel__tensor=2, operators__linear=variant), 2)
-        for variant in (variants[type(own).__name__], "torch")
+        for variant in ("tiles" if own is products_in_tiles else "panels", "torch")
     )
     assert set(kernels) == set(ALL)
     for one, other in zip(found, expected, strict=True):
@@ -195,9 +194,9 @@ def test_they_are_measured_where_products_take_long(tmp_path: Path) -> None:
 def test_where_they_leave_the_product_to_torch_they_are_not_measured(own: Products, kernels: list[str]) -> None:
     cases = [OperatorCalls("linear", LinearShape(*sizes), dtype, 1, 1.0) for *sizes, dtype in (
         (64, 64, 64, "float32"), (31, 64, 64, "bfloat16"), (64, 64, 72, "bfloat16"))]  # fmt: skip
-    two: dict[str, Any] = {"tiles": own, "torch": torch_products}
+    rivals: dict[str, Any] = {"tiles": own, "torch": torch_products}
     for case in cases:
-        times = measure(case.prepare(torch.device("cpu")), two, "torch", torch.device("cpu"), budget_seconds=0)
+        times = measure(case.prepare(torch.device("cpu")), rivals, "torch", torch.device("cpu"), budget_seconds=0)
         assert times["tiles"] == times["torch"]
     assert not kernels
 
