@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Instructions:
-    """Instructions that a CPU may have. `options` make the compiler use them; `names` are torch's."""
+    """Instructions that a CPU may have. `options` make the compiler use them; `capabilities` are torch's names of them."""
 
-    called: str
+    name: str
     options: tuple[str, ...]
-    names: tuple[str, ...]
+    capabilities: tuple[str, ...]
 
 
 AVX512_BF16 = Instructions(
@@ -49,9 +49,9 @@ class CppKernels(ABC):
 
     def lacks(self) -> str | None:
         """Returns what the kernels need and this machine has not; None if nothing."""
-        capabilities = torch.cpu.get_capabilities()
-        if not all(capabilities.get(name) for name in self.instructions.names):
-            return f"a CPU with {self.instructions.called} instructions"
+        here = torch.cpu.get_capabilities()
+        if not all(here.get(name) for name in self.instructions.capabilities):
+            return f"a CPU with {self.instructions.name} instructions"
         if cpp_compiler() is None and not is_compiled(self.source, self.instructions.options):
             return _COMPILER
         return None
@@ -101,14 +101,7 @@ def with_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def have_sizes(rows: torch.Tensor | None = None, columns: torch.Tensor | None = None, weight: torch.Tensor | None = None) -> bool:
-    """Returns whether the matrices of a linear layer that are given, two or three of rows [N, I], columns [N, O] and weight [O, I],
-    belong together."""
-    found: dict[str, set[int]] = {"N": set(), "I": set(), "O": set()}
-    for matrix, dims in ((rows, "NI"), (columns, "NO"), (weight, "OI")):
-        if matrix is not None:
-            if matrix.ndim != len(dims):
-                return False
-            for dim, size in zip(dims, matrix.shape, strict=True):
-                found[dim].add(size)
-    return all(len(sizes) == 1 for sizes in found.values())
+def have_sizes(tokens: int, outputs: int, inputs: int, **matrices: torch.Tensor | None) -> bool:
+    """Returns whether the matrices of a linear layer that are given are rows [N, I], columns [N, O] and weight [O, I]."""
+    shapes = {"rows": (tokens, inputs), "columns": (tokens, outputs), "weight": (outputs, inputs)}
+    return all(x is None or x.shape == shapes[name] for name, x in matrices.items())

@@ -27,6 +27,7 @@ constexpr int64_t kFew = 32;          // rows of the right factor that are packe
 constexpr int64_t kAhead = 8;         // rows that are fetched before they are packed
 constexpr int64_t kDepth = 2048;      // the most rows of the right factor that are packed at a time, if results are not rounded
 constexpr int64_t kPacked = 1 << 21;  // the most elements that are packed at a time, unless a single panel has more
+constexpr int64_t kSpan = 4096;       // the most columns for which a thread holds sums
 
 // Rows of elements that lie side by side, `row` elements apart. `half`: they are bfloat16, else float32.
 struct Matrix {
@@ -163,7 +164,7 @@ void multiply(Transposed transposed, int64_t rows, int64_t columns, int64_t prod
               bool add, Matrix result) {
   // Rounded results are complete before they are written; others are added up in several parts. Parts have about the same size.
   const int64_t deepest = result.half ? products : std::min(products, kDepth);
-  const int64_t widest = std::max(kPacked / deepest / kWidth, int64_t{1}) * kWidth;
+  const int64_t widest = std::min(std::max(kPacked / deepest / kWidth, int64_t{1}) * kWidth, kSpan);
   const int64_t span = rounded(parts_of(columns, parts_of(columns, widest)), kWidth);
   const int64_t blocks = rounded(parts_of(rows, kRows), at::get_num_threads()), height = rounded(parts_of(rows, blocks), kHeight);
   const int64_t row = transposed.left ? 1 : kStep + 16, next = transposed.left ? kHeight : 1;  // in a tile of the left block

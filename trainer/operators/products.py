@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bagualu.parallel.products import Products
-from bagualu.trainer.operators.cpp_kernels import AVX512_BF16, CppKernels, address, message_of, sizes_of, with_rows
+from bagualu.trainer.operators.cpp_kernels import AVX512_BF16, CppKernels, address, have_sizes, message_of, sizes_of, with_rows
 
 _MULTIPLE = 32
 """Widths have to be multiples of this (kStep in products.cpp)."""
@@ -72,10 +72,10 @@ class ProductsInTiles(CppKernels, Products):
 
     def _takes(self, tokens: int, outputs: int, inputs: int, **matrices: torch.Tensor | None) -> bool:
         """Returns whether the kernels multiply these matrices: rows [N, I], columns [N, O] and weight [O, I]."""
-        shapes = {"rows": (tokens, inputs), "columns": (tokens, outputs), "weight": (outputs, inputs)}
         return (
             self.computes(torch.bfloat16, tokens, inputs, outputs)
-            and all(x is None or (x.shape == shapes[name] and _lies_in_rows(x)) for name, x in matrices.items())
+            and have_sizes(tokens, outputs, inputs, **matrices)
+            and all(x is None or _lies_in_rows(x) for x in matrices.values())
             and self.library is not None
         )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bagualu.comm.errors import RecipeError
+from bagualu.parallel import precision
 from bagualu.parallel.products import Products, torch_products
 from bagualu.trainer.costs.choose_operators import choose_operators
 from bagualu.trainer.costs.operator_cases import LinearShape, OperatorCalls
@@ -118,6 +119,38 @@ def test_panels_read_and_write_each_dtype(own: Products, kernels: list[str]) -> 
             before = torch.ones(70, 61, dtype=dtype)
             assert torch.equal(own.plus_input_gradient(before, columns, weight), (expected[1] + 1).to(dtype))
     assert len(kernels) == 3 + 8 * 7
+
+
+@panels
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells how much memory was used at the most")
+def test_panels_hold_no_copy_of_a_large_weight(own: Products) -> None:
+    """Nor of one with few inputs, for which many sums are held."""
+
+    def most_bytes(line: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(one for one in lines if one.startswith(line)).split()[1])
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for rows, inputs, outputs in ((8, 2048, 2**14), (384, 64, 2**15)):  # a copy of the first takes 128 MiB
+            x, weight = draw(rows, inputs), draw(outputs, inputs)
+            into = own.outputs(x, weight)
+            Path("/proc/self/clear_refs").write_text("5")  # forgets what was the most so far
+            before = most_bytes("VmRSS")
+            own.outputs(x, weight, into=into)
+            assert most_bytes("VmHWM") - before < 24 * 2**20
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_panels_are_measured_where_torch_has_no_wider_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for multiplies, wide, computed in ((False, False, {"float32", "bfloat16"}), (False, True, {"bfloat16"}), (True, True, set())):
+        monkeypatch.setattr(precision, "_CPU_MULTIPLIES", {torch.bfloat16: multiplies, torch.float16: False})
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda wide=wide: {"avx512_f": wide})
+        dtypes = ("float64", "float32", "bfloat16", "float16")
+        assert {dtype for dtype in dtypes if products_in_panels.computes(getattr(torch, dtype), 8, 64, 64)} == computed
+        assert not products_in_panels.computes(torch.bfloat16, 7, 64, 64), "packing takes longer than the product"
 
 
 @panels

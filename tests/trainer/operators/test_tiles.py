@@ -205,7 +205,9 @@ def test_what_has_been_compiled_needs_no_compiler(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_processor_without_its_instructions_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(AVX512_BF16.names, True) | {"avx512_bf16": False})
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: dict.fromkeys(AVX512_BF16.capabilities, True) | {"avx512_bf16": False}
+    )
     assert not is_usable("attention", "tiles", "cpu")
     assert refusal().startswith("operators.attention=tiles needs a CPU with AVX512-BF16 instructions, which this machine has not")
 
