@@ -101,7 +101,9 @@ def with_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def have_sizes(tokens: int, outputs: int, inputs: int, **matrices: torch.Tensor | None) -> bool:
-    """Returns whether the matrices of a linear layer that are given are rows [N, I], columns [N, O] and weight [O, I]."""
+def have_sizes(sizes: tuple[int, ...], **matrices: torch.Tensor | None) -> bool:
+    """Returns whether the matrices of a linear layer that are given are rows [N, I], columns [N, O] and weight [O, I], of the
+    sizes (N, O, I)."""
+    tokens, outputs, inputs = sizes
     shapes = {"rows": (tokens, inputs), "columns": (tokens, outputs), "weight": (outputs, inputs)}
     return all(x is None or x.shape == shapes[name] for name, x in matrices.items())

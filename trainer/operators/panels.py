@@ -52,7 +52,7 @@ class ProductsInPanels(CppKernels, Products):
     ) -> torch.Tensor:
         flat = rows.reshape(-1, rows.shape[-1])
         fits = bias is None or bias.shape == weight.shape[:1]
-        if not (fits and self._multiplies(len(flat), *weight.shape, result=into, rows=flat, weight=weight, columns=into)):
+        if not (fits and self._multiplies((len(flat), *weight.shape), into, rows=flat, weight=weight, columns=into)):
             alike, same = _in_one_dtype(rows, weight)
             found = super().outputs(alike, same, None if bias is None else bias.to(alike.dtype), dtype=dtype or rows.dtype)
             return found if into is None else into.copy_(found)
@@ -67,7 +67,7 @@ class ProductsInPanels(CppKernels, Products):
         self, total: torch.Tensor | None, columns: torch.Tensor, weight: torch.Tensor, into: torch.Tensor | None = None
     ) -> torch.Tensor:
         result = into if total is None else total
-        if not self._multiplies(len(columns), *weight.shape, result=result, rows=result, weight=weight, columns=columns):
+        if not self._multiplies((len(columns), *weight.shape), result, rows=result, weight=weight, columns=columns):
             found = super().plus_input_gradient(None, *_in_one_dtype(columns, weight)).to(columns.dtype)
             if result is None:
                 return found
@@ -79,20 +79,18 @@ class ProductsInPanels(CppKernels, Products):
         return result
 
     def add_weight_gradient(self, total: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor, fresh: bool) -> None:
-        if not self._multiplies(len(rows), *total.shape, result=total, rows=rows, columns=columns):
+        if not self._multiplies((len(rows), *total.shape), total, rows=rows, columns=columns):
             return super().add_weight_gradient(total, *_in_one_dtype(columns, rows), fresh)
         columns, rows = with_rows(columns), with_rows(rows)
         sizes = sizes_of(len(rows), *total.shape)
         self.run("weight_gradient", *sizes, _matrix(columns), _matrix(rows), not fresh, _matrix(total))
         return None
 
-    def _multiplies(
-        self, tokens: int, outputs: int, inputs: int, result: torch.Tensor | None, **matrices: torch.Tensor | None
-    ) -> bool:
-        """Returns whether the kernels multiply these matrices, of the sizes of rows [N, I], columns [N, O] and weight [O, I], and
+    def _multiplies(self, sizes: tuple[int, ...], result: torch.Tensor | None, **matrices: torch.Tensor | None) -> bool:
+        """Returns whether the kernels multiply these rows [N, I], columns [N, O] and weight [O, I], of the sizes (N, O, I), and
         write to `result`, if it is given."""
         return (
-            have_sizes(tokens, outputs, inputs, **matrices)
+            have_sizes(sizes, **matrices)
             and all(x is None or _is_plain(x) for x in (result, *matrices.values()))
             and (result is None or result.stride(-1) == 1)
             and self.library is not None

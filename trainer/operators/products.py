@@ -74,7 +74,7 @@ class ProductsInTiles(CppKernels, Products):
         """Returns whether the kernels multiply these matrices: rows [N, I], columns [N, O] and weight [O, I]."""
         return (
             self.computes(torch.bfloat16, tokens, inputs, outputs)
-            and have_sizes(tokens, outputs, inputs, **matrices)
+            and have_sizes((tokens, outputs, inputs), **matrices)
             and all(x is None or _lies_in_rows(x) for x in matrices.values())
             and self.library is not None
         )
