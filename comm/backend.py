@@ -43,7 +43,9 @@ class Transport(Protocol):
         """Fills output with this rank's slice, along dim 0, of the sum of all inputs. `output` may be that slice of `input`; the
         other slices of `input` are undefined afterwards."""
 
-    def all_to_all(self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]) -> Work:
+    def all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int], asynchronous: bool
+    ) -> Work:
         """Sends input_splits[i] rows to position i and receives output_splits[i] rows from it; a split may be 0."""
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> Work: ...

@@ -4,9 +4,10 @@ reduce_scatter, all_gather and a small all_reduce that sums over two ranks are d
 than Gloo's own collectives. They send as many bytes as a ring, but take a third to a half of its time over loopback
 (docs/performance.md). Their sums run in rank order, so a gradient has the same bits whichever rank computes it. Between ranks of
 one machine, these three collectives go through shared memory (shared_memory.py) if they are synchronous and of medium size, with
-the same sums.
+the same sums; so do the rows of an all_to_all.
 """
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +26,12 @@ fast."""
 LEAST_SHARED_BYTES = 2**19
 """The smallest tensor of a rank, in bytes, that is exchanged through shared memory. A smaller tensor arrives over the network as
 fast as the header of such an exchange (tests/bench/exchange.py)."""
+_LEAST_ROW_BYTES = 2**7
+"""The smallest row, in bytes, of an all_to_all through shared memory: ranks may give different numbers of rows, so they decide by
+the size of one."""
 _MOST_SHARING = 16
 """The number of ranks of the largest group that tries to share memory."""
-_OPS = ("lend", "all_reduce", "all_gather", "reduce_scatter")
+_OPS = ("lend", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -44,20 +48,20 @@ class Exchange:
 
 @dataclass(frozen=True)
 class HeaderExchange:
-    """An exchange of small headers with every other rank. `wait` raises CommunicationError unless all ranks sent the same header,
-    that is, are in the same call of the same collective with tensors of the same size."""
+    """An exchange of small headers with every other rank. `wait` raises CommunicationError unless each sent the header expected of
+    it, that is, is in the same call of the same collective with a tensor of the size that this rank expects."""
 
     exchange: Exchange
-    sent: torch.Tensor
+    expected: list[torch.Tensor]
     received: list[torch.Tensor]
     where: str
 
     def wait(self) -> None:
         self.exchange.wait()
-        for header in self.received:
-            if not torch.equal(header, self.sent):
+        for header, expected in zip(self.received, self.expected, strict=True):
+            if not torch.equal(header, expected):
                 raise CommunicationError(f"{self.where}: ranks have called different collectives: {_describe(header)} on another, "
-                                         f"{_describe(self.sent)} on this one; call the same on all, in order")  # fmt: skip
+                                         f"{_describe(expected)} on this one; call the same on all, in order")  # fmt: skip
 
 
 def _describe(header: torch.Tensor) -> str:
@@ -131,7 +135,7 @@ class GlooTransport(TorchTransport):
     def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, asynchronous: bool) -> Work:
         if lent := self._lent_by_all(input):
             parts = [whole.chunk(len(self.ranks))[self.position] for whole in lent]
-            return Summing(self._exchange_headers("reduce_scatter", input), parts, output.view(-1))
+            return Summing(self._exchange_header("reduce_scatter", input), parts, output.view(-1))
         outgoing = list(input.view(-1).chunk(len(self.ranks))) if input.numel() else []
         if all_inputs := self._through_memory("reduce_scatter", input.view(-1), asynchronous):
             _sum([whole.chunk(len(self.ranks))[self.position] for whole in all_inputs], output.view(-1))
@@ -139,10 +143,28 @@ class GlooTransport(TorchTransport):
         incoming = [part if position == self.position else torch.empty_like(part) for position, part in enumerate(outgoing)]
         return Summing(self._exchange("reduce_scatter", outgoing, incoming), incoming, output.view(-1))
 
+    @torch.no_grad()
+    def all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int], asynchronous: bool
+    ) -> Work:
+        if self.slots is None or asynchronous or math.prod(input.shape[1:]) * input.itemsize < _LEAST_ROW_BYTES:
+            return super().all_to_all(output, input, output_splits, input_splits, asynchronous)
+        outgoing, incoming, most = input.split(input_splits), output.split(output_splits), self.slots.part_bytes
+        incoming[self.position].copy_(outgoing[self.position])
+        self.slots.exchange_parts(
+            [part if _bytes(part) <= most else part[:0] for part in outgoing],
+            [part if _bytes(part) <= most else part[:0] for part in incoming],
+            lambda: self._exchange_headers("all_to_all", outgoing, incoming).wait(),
+        )
+        others = [position for position in range(len(self.ranks)) if position != self.position]
+        sent = [self._message("all_to_all", dist.isend, outgoing[to], to) for to in others if _bytes(outgoing[to]) > most]
+        received = [self._message("all_to_all", dist.irecv, incoming[of], of) for of in others if _bytes(incoming[of]) > most]
+        return Exchange((*sent, *received))
+
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
         if self.slots is None:
             return None
-        self._exchange_headers("lend", torch.empty(numel, dtype=dtype, device="meta")).wait()
+        self._exchange_header("lend", torch.empty(numel, dtype=dtype, device="meta")).wait()
         memories = share(numel * dtype.itemsize, self._gather)
         if memories is None:
             return None
@@ -164,17 +186,26 @@ class GlooTransport(TorchTransport):
         """
         if self.slots is None or asynchronous or not LEAST_SHARED_BYTES <= _bytes(contents) <= SLOT_BYTES:
             return None
-        return self.slots.exchange(contents, lambda: self._exchange_headers(op, contents).wait())
+        return self.slots.exchange(contents, lambda: self._exchange_header(op, contents).wait())
 
-    def _exchange_headers(self, op: str, contents: torch.Tensor) -> HeaderExchange:
-        """Starts to send a header about this call of `op` to every other rank and returns the exchange to wait for. A rank sends
-        its header once the others may read its `contents` in shared memory."""
+    def _exchange_header(self, op: str, contents: torch.Tensor) -> HeaderExchange:
+        """Exchanges headers about a call of `op` to which all ranks give `contents` of the same size."""
+        alike = [contents] * len(self.ranks)
+        return self._exchange_headers(op, alike, alike)
+
+    def _exchange_headers(self, op: str, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> HeaderExchange:
+        """Starts to send every other position i a header about this call of `op` and the size of outgoing[i], and returns the
+        exchange to wait for, in which a header about incoming[i] is expected from it. A rank sends its headers once the others may
+        read its contents in shared memory."""
         self._headers_sent += 1
-        header = torch.tensor([_OPS.index(op), _bytes(contents), contents.itemsize, self._headers_sent])
-        received = [torch.empty_like(header) for _ in self.ranks]
-        received[self.position] = header
+        sent, expected = ([self._header(op, part) for part in parts] for parts in (outgoing, incoming))
+        received = [torch.empty_like(header) for header in expected]
+        received[self.position] = expected[self.position]
         where = f"{op} in group {self.name} of ranks {list(self.ranks)}"
-        return HeaderExchange(self._exchange(op, [header] * len(received), received), header, received, where)
+        return HeaderExchange(self._exchange(op, sent, received), expected, received, where)
+
+    def _header(self, op: str, contents: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([_OPS.index(op), _bytes(contents), contents.itemsize, self._headers_sent])
 
     def _lent_by_all(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         """Returns the tensors that all positions lent in the same call as `tensor`; None if `tensor` is not lent."""

@@ -125,7 +125,11 @@ class Group:
         if (transport := self.transport) is None:
             output.copy_(input)
             return Done()
-        return self._join("all_to_all", lambda: transport.all_to_all(output, input, output_splits, input_splits), asynchronous)
+
+        def start() -> Work:
+            return transport.all_to_all(output, input, output_splits, input_splits, asynchronous)
+
+        return self._join("all_to_all", start, asynchronous)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0, asynchronous: bool = False) -> Work:
         """Replaces tensor by the tensor of position `source`."""

@@ -65,11 +65,13 @@ class RecordingTransport:
             "reduce_scatter", input.nbytes, lambda inner: inner.reduce_scatter(output, input, asynchronous), output, input
         )
 
-    def all_to_all(self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]) -> Work:
+    def all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int], asynchronous: bool
+    ) -> Work:
         return self._record(
             "all_to_all",
             max(output.nbytes, input.nbytes),
-            lambda inner: inner.all_to_all(output, input, output_splits, input_splits),
+            lambda inner: inner.all_to_all(output, input, output_splits, input_splits, asynchronous),
             output,
             input,
         )

@@ -17,6 +17,8 @@ import torch
 
 SLOT_BYTES = 2**23
 SLOTS = 2
+_ALIGNMENT = 64
+"""Parts begin at multiples of this many bytes."""
 _NAME = "bagualu-exchange"
 """Name of the memory, shown only in /proc. No file system holds the memory; it is freed when the last process that maps it ends."""
 
@@ -30,18 +32,46 @@ class Slots:
         self._position = position
         self._exchanges = 0
 
+    @torch.no_grad()
     def exchange(self, contents: torch.Tensor, exchange_headers: Callable[[], None]) -> list[torch.Tensor]:
         """Returns the contents of every position; read them before the next exchange.
 
         `contents` has the same shape and dtype on every rank and at most SLOT_BYTES bytes. `exchange_headers` tells the other ranks
         that this rank has copied its contents, and returns once each of them has told this rank likewise.
         """
-        start = self._exchanges % SLOTS * SLOT_BYTES
-        self._exchanges += 1
-        slots = [memory[start : start + contents.nbytes].view(contents.dtype) for memory in self._memories]
+        slots = [slot[: contents.nbytes].view(contents.dtype) for slot in self._next()]
         slots[self._position].copy_(contents)
         exchange_headers()
         return [*slots[: self._position], contents, *slots[self._position + 1 :]]
+
+    @torch.no_grad()
+    def exchange_parts(
+        self, outgoing: list[torch.Tensor], incoming: list[torch.Tensor], exchange_headers: Callable[[], None]
+    ) -> None:
+        """Fills incoming[i], which is contiguous, with the part outgoing[p] of every other position i, where p is this rank's own.
+
+        A part takes at most `part_bytes`. `exchange_headers` as for `exchange`.
+        """
+        size = self.part_bytes
+        slots = [slot[: size * len(outgoing)].view(-1, size) for slot in self._next()]  # each by position of the receiver
+        for position, part in enumerate(outgoing):
+            if position != self._position:
+                slots[self._position][position][: part.nbytes].view(part.dtype).copy_(part.view(-1))
+        exchange_headers()
+        for position, part in enumerate(incoming):
+            if position != self._position:
+                part.view(-1).copy_(slots[position][self._position][: part.nbytes].view(part.dtype))
+
+    @property
+    def part_bytes(self) -> int:
+        """The size of the largest part of `exchange_parts`, in bytes."""
+        return SLOT_BYTES // len(self._memories) // _ALIGNMENT * _ALIGNMENT
+
+    def _next(self) -> list[torch.Tensor]:
+        """Begins the next exchange, and returns the slots for it of all positions."""
+        start = self._exchanges % SLOTS * SLOT_BYTES
+        self._exchanges += 1
+        return [memory[start : start + SLOT_BYTES] for memory in self._memories]
 
 
 def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor] | None:

@@ -208,7 +208,7 @@ class SimulatedTransport:
         )
 
     def all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int], asynchronous: bool
     ) -> SimulatedWork:
         splits = torch.tensor([input_splits, output_splits])
 
@@ -225,7 +225,8 @@ class SimulatedTransport:
                     parts.append(sender["input"].split(sender["splits"][0].tolist())[position])
                 receiver["output"].copy_(torch.cat(parts))
 
-        return self._join("all_to_all", (input.shape[1:], input.dtype), carry_out, output=output, input=input, splits=splits)
+        shape = input.shape[1:], input.dtype, _mode(asynchronous)
+        return self._join("all_to_all", shape, carry_out, output=output, input=input, splits=splits)
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> SimulatedWork:
         def carry_out(members: list[Tensors]) -> None:

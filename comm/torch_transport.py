@@ -78,7 +78,9 @@ class TorchTransport:
             flat,
         )
 
-    def all_to_all(self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]) -> TorchWork:
+    def all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int], asynchronous: bool
+    ) -> Work:
         return self._start(
             "all_to_all",
             lambda: dist.all_to_all_single(output, input, output_splits, input_splits, self.group, async_op=True),

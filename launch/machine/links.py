@@ -51,7 +51,7 @@ def _calls(group: Group, size: int) -> dict[str, Callable[[], None]]:
         "all_reduce": lambda: group.all_reduce(whole).wait(),
         "all_gather": lambda: group.all_gather(whole, part, asynchronous=True).wait(),
         "reduce_scatter": lambda: group.reduce_scatter(part, gradients, asynchronous=True).wait(),
-        "all_to_all": lambda: group.all_to_all(other, whole).wait(),
+        "all_to_all": lambda: group.all_to_all(other.view(group.size, -1), whole.view(group.size, -1)).wait(),
         "broadcast": lambda: group.broadcast(whole).wait(),
         "p2p": message,
     }

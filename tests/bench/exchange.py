@@ -33,6 +33,8 @@ KIBIBYTES = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 WAYS = ("memory", "network", "torch")
 _CALLS = 10
 """One after the other in a turn."""
+_WIDTH = 512
+"""Elements of a row that goes to the expert of another member."""
 _CACHES = 2**23
 """Elements of float32 that are more than the caches of a core hold."""
 
@@ -41,15 +43,19 @@ def calls(c: Communicator, kibibytes: int) -> dict[str, dict[str, Callable[[], A
     """By collective and way; each member gives so many KiB of bfloat16."""
     x = torch.zeros(kibibytes * 512, dtype=torch.bfloat16)
     whole, part = x.new_empty(c.size * x.numel()), x.new_empty(x.numel() // c.size)
+    rows = x.view(-1, _WIDTH)
+    arrived = torch.empty_like(rows)
     ours: dict[str, Callable[[], Any]] = {
         "all_reduce": lambda: c.world.all_reduce(x),
         "all_gather": lambda: c.world.all_gather(whole, x),
         "reduce_scatter": lambda: c.world.reduce_scatter(part, x),
+        "all_to_all": lambda: c.world.all_to_all(arrived, rows),
     }
     theirs: dict[str, Callable[[], Any]] = {
         "all_reduce": lambda: dist.all_reduce(x),
         "all_gather": lambda: dist.all_gather_single(whole, x),
         "reduce_scatter": lambda: dist.reduce_scatter_single(part, x),
+        "all_to_all": lambda: dist.all_to_all_single(arrived, rows),
     }
     transport = c.world.transport
     assert isinstance(transport, GlooTransport)

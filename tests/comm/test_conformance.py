@@ -192,13 +192,18 @@ class TestConformance:
         run(backend, size, subgroups)
 
 
-def one_does_not_wait(c: Communicator) -> None:
-    c.world.all_reduce(torch.zeros(3), asynchronous=c.rank == 1).wait()
+def one_does_not_wait(c: Communicator, op: str) -> None:
+    asynchronous, x = c.rank == 1, torch.zeros(4)
+    if op == "all_reduce":
+        c.world.all_reduce(x, asynchronous=asynchronous).wait()
+    else:
+        c.world.all_to_all(torch.empty(4), x, asynchronous=asynchronous).wait()
 
 
-def test_whether_it_is_asynchronous_is_the_same_everywhere() -> None:
+@pytest.mark.parametrize("op", ["all_reduce", "all_to_all"])
+def test_whether_it_is_asynchronous_is_the_same_everywhere(op: str) -> None:
     with pytest.raises(CommunicationError, match=r"'asynchronous'\), but rank . calls|'synchronous'\), but rank . calls"):
-        run("simulated", 2, one_does_not_wait)
+        run("simulated", 2, one_does_not_wait, op)
 
 
 def lose_a_rank(c: Communicator) -> None:

@@ -47,7 +47,7 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 def of_all_sizes(c: Communicator, function: Callable[..., None], *args: object) -> None:
     """`function` with even the smallest contents in memory."""
-    with replaced(gloo, "LEAST_SHARED_BYTES", 1):
+    with replaced(gloo, "LEAST_SHARED_BYTES", 1), replaced(gloo, "_LEAST_ROW_BYTES", 1):
         function(c, *args)
     assert exchanges(c.world)
 
@@ -60,6 +60,9 @@ class TestConformance:
 
     def test_in_place(self, size: int) -> None:
         run("gloo", size, of_all_sizes, conformance.in_place)
+
+    def test_uneven_all_to_all(self, size: int) -> None:
+        run("gloo", size, of_all_sizes, conformance.uneven_all_to_all)
 
     def test_waiting_again(self, size: int) -> None:
         run("gloo", size, of_all_sizes, conformance.waiting_again)
@@ -88,6 +91,17 @@ def test_subgroups() -> None:
     run("gloo", 4, subgroups)
 
 
+def all_to_all(c: Communicator, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Member i sends member j rows[i, j] rows of 128 elements of `x`, over and over; some of them are more than a slot has room
+    for, and some none."""
+    rows = torch.where(rows % 5 == 0, 0, rows)
+    sent, received = rows[c.rank].tolist(), rows[:, c.rank].tolist()
+    given = x.repeat(3 * c.size)[: 128 * sum(sent)].view(-1, 128)
+    result = x.new_empty(sum(received), 128)
+    c.world.all_to_all(result, given, received, sent)
+    return result
+
+
 def draw(c: Communicator, through_memory: bool) -> list[str]:
     """Digests of results of random collectives, one after the other, with delays of every member's own."""
     values, own = torch.Generator().manual_seed(c.rank), torch.Generator().manual_seed(c.rank + 100)
@@ -95,12 +109,14 @@ def draw(c: Communicator, through_memory: bool) -> list[str]:
     digests = []
     with replaced(transport(c.world), "slots", transport(c.world).slots if through_memory else None):
         for number in range(60):
-            kind, elements = (int(torch.randint(3, (), generator=drawn)), 2 ** int(torch.randint(12, 21, (), generator=drawn)))
+            kind, elements = (int(torch.randint(4, (), generator=drawn)), 2 ** int(torch.randint(12, 21, (), generator=drawn)))
             x = torch.randn(elements, generator=values).to((torch.float32, torch.bfloat16, torch.float64)[number % 3])
             if torch.randint(3, (), generator=own) == 0:
                 time.sleep(0.002)
             result = x if kind == 0 else x.new_empty(c.size * elements if kind == 1 else elements // c.size)
-            if kind == 0:
+            if kind == 3:
+                result = all_to_all(c, x, torch.randint(3 * elements // 128, (c.size, c.size), generator=drawn))
+            elif kind == 0:
                 c.world.all_reduce(x)
             elif kind == 1:
                 c.world.all_gather(result, x)
@@ -138,6 +154,30 @@ def one_reads_late(c: Communicator) -> None:
 
 def test_a_slow_reader_finds_what_it_was_given() -> None:
     run("gloo", 2, one_reads_late)
+
+
+def one_reads_parts_late(c: Communicator) -> None:
+    slots, read = transport(c.world).slots, []
+    assert slots is not None
+    wait = gloo.HeaderExchange.wait
+
+    def late(exchange: gloo.HeaderExchange) -> None:
+        wait(exchange)
+        time.sleep(0.02 * c.rank)
+
+    with replaced(gloo.HeaderExchange, "wait", late):
+        for number in range(8):
+            x = torch.full((2 * c.size, 64), float(10 * number + c.rank))
+            output = torch.empty_like(x)
+            c.world.all_to_all(output, x)
+            conformance.expect(output, 10.0 * number + torch.arange(c.size).repeat_interleave(2)[:, None].expand(-1, 64))
+            read.append(output)
+    assert len(read) == slots._exchanges == 8
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_slow_reader_of_parts_finds_what_it_was_given(size: int) -> None:
+    run("gloo", size, one_reads_parts_late)
 
 
 def lent(c: Communicator) -> None:
@@ -270,6 +310,8 @@ def unalike(c: Communicator, what: str) -> None:
     x = torch.zeros(ELIGIBLE * (2 if what == "size" and c.rank else 1))
     if what == "op" and c.rank:
         c.world.all_gather(torch.empty(2 * ELIGIBLE), x)
+    elif what == "rows":
+        c.world.all_to_all(torch.empty(8 + c.rank, 64), torch.empty(8, 64), [4 + c.rank, 4])
     elif what == "lend":
         c.world.lend(8 + c.rank, torch.float32)
     elif what == "order":
@@ -283,7 +325,7 @@ def unalike(c: Communicator, what: str) -> None:
         c.world.all_reduce(x)
 
 
-@pytest.mark.parametrize("what", ["size", "op", "lend", "order"])
+@pytest.mark.parametrize("what", ["size", "op", "rows", "lend", "order"])
 def test_members_that_call_different_things_are_told_so(what: str) -> None:
     with pytest.raises(WorkerFailed, match=r"CommunicationError: .* different collectives: .* on another, .* on this one"):
         run("gloo", 2, unalike, what)
@@ -293,9 +335,13 @@ def nobody_shares(c: Communicator) -> None:
     c.world.all_reduce(torch.zeros(ELIGIBLE - 1))
     c.world.all_reduce(torch.zeros(shared_memory.SLOT_BYTES // 4 + 1))
     c.world.all_reduce(torch.zeros(ELIGIBLE), asynchronous=True).wait()
+    numbers, rows = torch.zeros(2**16), torch.zeros(2, 64)
+    c.world.all_to_all(torch.empty_like(numbers), numbers)
+    c.world.all_to_all(torch.empty_like(rows), rows, asynchronous=True).wait()
     assert exchanges(c.world) == 0
     c.world.all_reduce(torch.zeros(ELIGIBLE))
-    assert exchanges(c.world) == 1
+    c.world.all_to_all(torch.empty_like(rows), rows)
+    assert exchanges(c.world) == 2
 
 
 def test_only_what_gains_by_it_goes_through_memory() -> None:
