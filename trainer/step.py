@@ -128,8 +128,7 @@ def _count_update(state: TrainerState, verdict: GuardDecision) -> None:
 
 
 def _update(state: TrainerState, lr: float, norm: float, most: float = math.inf) -> bool:
-    """Updates this rank's shard of weights and moments. Returns whether the result is finite on all ranks; only then are the new
-    weights sent to the other ranks. Collective.
+    """Updates weights and moments. Returns whether the result is finite on all ranks. Collective.
 
     `most`: the largest norm that the gradient may have; a larger one is clipped, as by optim.clip_norm.
     """
@@ -139,8 +138,6 @@ def _update(state: TrainerState, lr: float, norm: float, most: float = math.inf)
     state.mesh.monitor.at(Phase.OPTIMIZER)
     state.engine.step(lr, factor / state.scaler.scale)
     (spoilt,) = state.mesh.sum_over("world", _scalar(state, len(state.engine.spoilt())))
-    if not spoilt:
-        state.engine.share()
     return not spoilt
 
 

@@ -11,6 +11,7 @@ compiled layer returns it in the weight's dtype.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -217,12 +218,17 @@ def crosses_two_groups(kind: BucketKind) -> bool:
     return kind.tied or kind.partial_over is not None
 
 
-def gather_weights(buckets: list[Bucket]) -> None:
-    """Gathers the updated shards of partitioned buckets, so that every rank has all working weights again, except under ZeRO-3,
-    which gathers weights when they are used. Collective."""
+@contextmanager
+def gathering() -> Iterator[Callable[[Bucket], None]]:
+    """Yields what starts to gather the updated shards of a bucket; when the context ends, every rank has all its working weights
+    again. It does nothing for buckets that are not partitioned, and under ZeRO-3, which gathers weights when they are used.
+    Collective."""
     works = []
-    for bucket in buckets:
+
+    def gather(bucket: Bucket) -> None:
         if bucket.partitioned and bucket.kept is None:
             works.append(bucket.group.all_gather(bucket.weights, bucket.shard_weights, asynchronous=True))
+
+    yield gather
     for work in works:
         work.wait()

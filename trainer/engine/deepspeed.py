@@ -136,7 +136,6 @@ class DeepSpeedEngine(ShardedEngine):
         return (gradient for zero in self._zeros for place in range(len(zero.parts)) for gradient in zero.gradients(place))
 
     def step(self, lr: float, gradient_factor: float) -> None:
-        """Applies the optimizer, as every engine does. DeepSpeed also gathers the other ranks' new weights. Collective."""
         self._mesh.monitor.at(Phase.OPTIMIZER)
         self.optimizer.begin_step()
         for zero in self._zeros:
@@ -154,9 +153,6 @@ class DeepSpeedEngine(ShardedEngine):
         part.shard_gradients = partition.grad
         self.optimizer.step_shard(place, lr, gradient_factor)
         part.shard_gradients = partition.new_empty(0)
-
-    def share(self) -> None:
-        """Does nothing: `step` has exchanged the weights."""
 
     def publish(self) -> None:
         for zero in self._zeros:

@@ -136,11 +136,16 @@ class FsdpEngine(ShardedEngine):
                 work.wait()
         self._free()
 
-    def share(self) -> None:
-        """Frees weights that were gathered before the update, e.g. by a validation, so that the next pass gathers new ones."""
+    def step(self, lr: float, gradient_factor: float) -> None:
+        super().step(lr, gradient_factor)
+        self._free()
+
+    def publish(self) -> None:
+        super().publish()
         self._free()
 
     def _free(self) -> None:
+        """Frees weights that were gathered before an update, e.g. by a validation, so that the next pass gathers new ones."""
         for unit in self.units:
             unit.module.reshard()
 

@@ -11,7 +11,7 @@ import torch
 from bagualu.comm.group import Group
 from bagualu.fault_tolerance.guard.engine import StateShard
 from bagualu.parallel.balance.stages.forecast import Split
-from bagualu.parallel.data.bucket import Bucket, build_buckets, gather_weights
+from bagualu.parallel.data.bucket import Bucket, build_buckets, gathering
 from bagualu.parallel.data.gather import WeightGatherer
 from bagualu.parallel.data.reducer import GradientReducer
 from bagualu.parallel.memory_kinds import GRADIENTS
@@ -69,9 +69,16 @@ class NativeEngine(ShardedEngine):
         if self.gatherer is not None:
             self.gatherer.end()
 
-    def share(self) -> None:
-        if self.gatherer is None:
-            gather_weights(self.buckets)
+    def step(self, lr: float, gradient_factor: float) -> None:
+        """Updates this rank's state. While it updates a shard, the working weights of those before it are gathered. Collective."""
+        with gathering() as gather:
+            self.optimizer.step(lr, gradient_factor, lambda index: gather(self.buckets[index]))
+
+    def publish(self) -> None:
+        super().publish()
+        with gathering() as gather:
+            for bucket in self.buckets:
+                gather(bucket)
 
     def held(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from super().held()

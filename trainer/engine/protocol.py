@@ -28,7 +28,7 @@ class IncomingState(Protocol):
 
 class Engine(GuardedEngine, WeightGradients, Protocol):
     """The engine of one rank. A step calls `begin`, runs the backward passes, then calls `finish` and `norm_squared`, and if its
-    update is to be applied, `step`, `spoilt` and, if all values are finite on all ranks, `share`."""
+    update is to be applied, `step` and `spoilt`."""
 
     @property
     def model(self) -> Model:
@@ -59,14 +59,12 @@ class Engine(GuardedEngine, WeightGradients, Protocol):
         updates weights is not."""
 
     def step(self, lr: float, gradient_factor: float) -> None:
-        """Updates this rank's state with the gradients times `gradient_factor` (clipping, loss scale). Other ranks' working
-        weights do not change before `share`. Collective."""
+        """Updates this rank's state with the gradients times `gradient_factor` (clipping, loss scale), and the working weights of
+        all ranks. If `spoilt` then finds values that are not finite on a rank, others may have received them as working weights,
+        until `publish`. Collective."""
 
     def spoilt(self) -> list[tuple[int, str]]:
         """Returns (index in `shards()`, kind of state) of every tensor of this rank that the last `step` left not finite."""
-
-    def share(self) -> None:
-        """Exchanges the updated working weights: every rank sends its part and receives the other parts. Collective."""
 
     def held(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (kind, tensor) for every tensor that this rank keeps between steps, by the kinds of parallel/memory_kinds.py.

@@ -19,7 +19,7 @@ from bagualu.trainer.optim.sharded import ShardedOptimizer
 
 
 class ShardedEngine(ABC):
-    """An `Engine` (protocol.py) without begin, putting_off, finish, share, shards, working_weights and close. It updates `parts`,
+    """An `Engine` (protocol.py) without begin, putting_off, finish, shards, working_weights and close. It updates `parts`,
     this rank's shards of the trained parameters, with `optimizer`. `frozen` are shards whose weights stay; frozen parameters that
     are not divided among ranks are in `untrained`, with the buffers."""
 
@@ -70,13 +70,8 @@ class ShardedEngine(ABC):
     def open(self) -> None:
         self.optimizer.open(self._world)
 
-    @abstractmethod
-    def share(self) -> None:
-        """Exchanges the updated working weights, as `Engine` says."""
-
     def publish(self) -> None:
         self.optimizer.publish()
-        self.share()
 
     @abstractmethod
     def working_weights(self) -> Iterator[Sequence[torch.Tensor]]:

@@ -5,7 +5,7 @@ weights are the master weights.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class ShardedOptimizer:
         self._half = config.moments_dtype == "bfloat16"
         dtype = torch.bfloat16 if self._half else None
         self._shards = [_shard(_master(part), config.moments(_treatment(part).optimizer), dtype) for part in parts]
-        self._by_muon = [both for both in zip(parts, self._shards, strict=True) if _treatment(both[0]).optimizer == "muon"]
+        self._by_muon = [index for index, part in enumerate(parts) if _treatment(part).optimizer == "muon"]
         self._read: Callable[[torch.Tensor], list[Any]] = torch.Tensor.tolist
         """Returns the values of a tensor."""
         self._matrices: WholeMatrices | None = None
@@ -51,20 +51,23 @@ class ShardedOptimizer:
         if self._config.name == "muon":
             self._matrices = WholeMatrices(list(self._of_muon(lambda part: part.shard_weights)), cost, group)
 
-    def step(self, lr: float, gradient_factor: float) -> None:
+    def step(self, lr: float, gradient_factor: float, updated: Callable[[int], None] = lambda index: None) -> None:
         """Updates this rank's shards with the reduced gradients times `gradient_factor` (clipping, loss scale), and overwrites the
-        gradients. Collective.
+        gradients. Calls `updated` with the index of each part once its shard is up to date. Collective.
 
         `spoilt` tells which values are then not finite.
         """
         self.begin_step()
         for index in range(len(self.parts)):
             self.step_shard(index, lr, gradient_factor)
+            if index not in self._by_muon:
+                updated(index)
         if self._config.name == "muon":
             self._orthogonalise()
-            for part, shard in self._by_muon:
-                for piece in _slices(part.shard_gradients):
-                    self._update(part, shard, piece, MuonStep(), (), lr, 1.0)
+        for index in self._by_muon:
+            for piece in _slices(self.parts[index].shard_gradients):
+                self._update(index, piece, MuonStep(), (), lr, 1.0)
+            updated(index)
 
     def begin_step(self) -> None:
         """Call before the calls of `step_shard` for all shards, which together do what `step` does without Muon."""
@@ -72,19 +75,19 @@ class ShardedOptimizer:
 
     def step_shard(self, index: int, lr: float, gradient_factor: float) -> None:
         """Updates the shard of the part at this index."""
-        part, shard = self.parts[index], self._shards[index]
+        part = self.parts[index]
         optimizer = _treatment(part).optimizer
         rule, moments = rule_of(self._config, optimizer), self._config.moments(optimizer)
-        shard["step"] += 1
+        self._shards[index]["step"] += 1
         for piece in _slices(part.shard_gradients):
-            self._update(part, shard, piece, rule, moments, lr, gradient_factor)
+            self._update(index, piece, rule, moments, lr, gradient_factor)
 
     def _update(
-        self, part: Shard, shard: Mapping[str, torch.Tensor], piece: slice, rule: Rule, kinds: Sequence[str], lr: float,
-        gradient_factor: float,
+        self, index: int, piece: slice, rule: Rule, kinds: Sequence[str], lr: float, gradient_factor: float
     ) -> None:  # fmt: skip
         """Updates a piece of a shard, with its moments of these `kinds`, and probes the result while it is still in the processor's
         cache, which is much faster than reading it from memory again."""
+        part, shard = self.parts[index], self._shards[index]
         gradient, working = part.shard_gradients[piece], part.shard_weights[piece]
         weight, kept = shard["weight"][piece], {moment: shard[moment][piece] for moment in kinds}
         moments = {moment: values.to(weight.dtype) for moment, values in kept.items()}  # the same tensors unless they are bfloat16
@@ -105,7 +108,8 @@ class ShardedOptimizer:
 
     def _of_muon(self, tensor: Callable[[Shard], torch.Tensor]) -> Iterator[TensorPiece]:
         """Yields what `tensor` returns for this rank's shards that muon updates, as boxes of the global tensors."""
-        return (piece for part, _ in self._by_muon for piece in shard_pieces("direction", part, tensor(part)))
+        parts = (self.parts[index] for index in self._by_muon)
+        return (piece for part in parts for piece in shard_pieces("direction", part, tensor(part)))
 
     def _orthogonalise(self) -> None:
         """Replaces the momenta in the gradients of muon's shards by the directions in which their matrices move: orthogonal, and
@@ -114,7 +118,7 @@ class ShardedOptimizer:
         momenta = list(self._of_muon(lambda part: part.shard_gradients))
         wide = momenta and momenta[0].tensor.dtype == torch.float64
         self._matrices.replace(momenta, orthogonalise, torch.float64 if wide else torch.bfloat16)
-        for part, _ in self._by_muon:
+        for part in (self.parts[index] for index in self._by_muon):
             for entry, start, _, numel in part.shard_entries():
                 part.shard_gradients[start : start + numel].mul_(adjustment(self._config.adjust_lr, entry.global_shape))
 

@@ -12,7 +12,7 @@ from torch import nn
 from bagualu.comm import gloo
 from bagualu.comm.group import Communicator, Group
 from bagualu.parallel.boxes import Box
-from bagualu.parallel.data.bucket import Bucket, build_buckets, gather_weights
+from bagualu.parallel.data.bucket import Bucket, build_buckets, gathering
 from bagualu.parallel.data.reducer import GradientReducer
 from bagualu.parallel.data.shard import norm_squared
 from bagualu.parallel.layout import Layout
@@ -338,9 +338,10 @@ def test_of_large_buckets_only_one_is_held_under_zero_2() -> None:
 
 def updated(communicator: Communicator) -> None:
     model, buckets, _ = built(communicator, 1, 300)
-    for bucket in buckets:
-        bucket.shard_weights.fill_(float(communicator.rank))
-    gather_weights(buckets)
+    with gathering() as gather:
+        for bucket in buckets:
+            bucket.shard_weights.fill_(float(communicator.rank))
+            gather(bucket)
     for bucket in buckets:
         shard = bucket.shard_gradients.numel()
         assert bucket.weights.tolist() == [float(rank) for rank in range(communicator.size) for _ in range(shard)]

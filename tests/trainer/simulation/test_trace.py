@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -260,6 +261,18 @@ def test_products_of_linear_layers_are_in_float8_if_the_recipe_asks_for_it() -> 
     conversions = [one for one in narrow.operators() if one.name == "bagualu.to_float8"]
     assert conversions
     assert not [one for one in half.operators() if one.name == "bagualu.to_float8"]
+
+
+def test_weights_of_a_bucket_are_gathered_while_the_next_is_updated() -> None:
+    traced = trace(recipe_of("recipe=tiny_dense", "parallel.data=2", "parallel.bucket_bytes=200000"), 2, 0)
+    (events,) = (section.events for section in traced.sections if section.phase == "optimizer")
+    gathers = [index for index, event in enumerate(events) if isinstance(event, Communication) and event.kind == "all_gather"]
+    waits = [index for index, event in enumerate(events) if isinstance(event, Waited) and event.kind == "all_gather"]
+    updates = [index for index, event in enumerate(events) if getattr(event, "name", "") == "aten._fused_adamw_.default"]
+    assert len(gathers) == len(waits) > 3
+    for gather, following in pairwise(gathers):
+        assert [index for index in updates if gather < index < following], "nothing is updated between two gathers"
+    assert min(waits) > max(gathers[-1], *updates)
 
 
 def test_float8_is_refused_in_training() -> None:
