@@ -161,7 +161,7 @@ def _layer_of(name: str) -> float:
 def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
     """Returns the properties of a rank's work, under `recipe` and `layout`, on which its costs depend. Whether a CPU multiplies
     16-bit matrices is that of this machine."""
-    parallel, optim, dtype = recipe.parallel, recipe.optim, recipe.train.dtype
+    parallel, optim, dtype = recipe.parallel, recipe.optim, recipe.train.stored_dtype
     shapes = parameter_shapes(recipe.model)
     placement = placement_of(parallel.schedule, layout.pipeline, parallel.virtual_stages)
     on_cpu = recipe.comm.on_cpu or recipe.comm.backend == AUTO  # until a backend is chosen

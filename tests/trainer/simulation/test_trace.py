@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from bagualu.comm.calls import Communication, Pending, Waited
-from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.comm.recording import RecordingBackend
 from bagualu.comm.world import World
@@ -260,8 +259,3 @@ def test_products_of_linear_layers_are_in_float8_if_the_recipe_asks_for_it() -> 
     conversions = [one for one in narrow.operators() if one.name == "bagualu.to_float8"]
     assert conversions
     assert not [one for one in half.operators() if one.name == "bagualu.to_float8"]
-
-
-def test_float8_is_refused_in_training() -> None:
-    with pytest.raises(RecipeError, match="can be predicted but not trained; give train"):
-        recipe_of("recipe=tiny_dense", "train.dtype=float8").validate(1)
