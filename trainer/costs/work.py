@@ -115,7 +115,21 @@ class ModelWork:
 
     @property
     def _reads_any_dtype(self) -> bool:
+        return self._in_panels or self.in_float8
+
+    @property
+    def _in_panels(self) -> bool:
         return self.operators.linear == "panels" and self.dtype in ("bfloat16", "float32")
+
+    @property
+    def head_copies_operands(self) -> bool:
+        """Whether the head copies its operands to a wider dtype before it multiplies them. Its products are never in float8."""
+        return self.widens and not self._in_panels
+
+    @property
+    def in_float8(self) -> bool:
+        """Whether linear layers multiply in float8."""
+        return self.operators.linear in registry.FLOAT8 and self.dtype == "bfloat16"
 
     def passes_gradients(self, layer: int) -> bool:
         """Returns whether gradients go back into decoder layer `layer`, -1 for the embedding. They do not if the layer, all layers
