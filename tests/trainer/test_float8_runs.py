@@ -1,6 +1,8 @@
 """Runs with train.dtype=float8: they learn as those in bfloat16 do, on every layout, and resume bit by bit. The products that they
 execute are those that a trace predicts."""
 
+import json
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -8,11 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from bagualu.comm.errors import RecipeError
+from bagualu.comm.group import Communicator
+from bagualu.fault_tolerance.checkpoint.layout.directory import latest
+from bagualu.trainer import run as whole_run
+from bagualu.trainer.assemble import TrainerState, assemble
+from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.models.decoder.config import MoEConfig
+from bagualu.trainer.operators import float8
 from bagualu.trainer.operators.registry import FLOAT8
 from bagualu.trainer.recipe.config import Recipe
+from bagualu.trainer.simulation.operators import FLOAT8 as TRACED
+from bagualu.trainer.simulation.trace import Traced, trace
+from bagualu.trainer.step import train_step
 from tests.harness import run
-from tests.parity import small_recipe, train
+from tests.parity import as_numpy, small_recipe, train, working_tensors
+from tests.trainer.states import load_state, save_state
 
 STEPS = 50
 OF_BFLOAT16 = 0.08
@@ -36,7 +51,8 @@ def recipe_of(dtype: str = "float8", **changes: Any) -> Recipe:
     sizes = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocab": 128, "layers": 2, "initial_std": 0.05}
     keys = {f"model__{key}": value for key, value in sizes.items()} | {"train__dtype": dtype, "train__micro_batch": 2}
     optim = {"optim__lr": 1e-2, "optim__warmup_steps": 5, "optim__clip_norm": 1.0}
-    return small_recipe(**keys, **MOE, **optim, train__steps=STEPS, data__sequence_length=16, **changes)
+    fixed = {**keys, **MOE, **optim, "train__steps": STEPS, "data__sequence_length": 16}
+    return small_recipe(**{**fixed, **changes})
 
 
 def tokens(folder: Path) -> Path:
@@ -89,47 +105,54 @@ def test_the_curve_is_nearly_the_same_on_any_layout(ids: Path, layout: str, vari
         assert np.array_equal(one, other), "stages multiply the same matrices"
 
 
-def bits(communicator: Communicator, recipe: Recipe, steps: int, folder: Path | None, resume: bool) -> list[Any]:
-    """The working weights and the loss of each step, after a start from the checkpoint in `folder`, or before one is saved there."""
-    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    begin = load_state(state, folder) if resume and folder is not None else 0
-    losses = [train_step(state, step).loss for step in range(begin, steps)]
-    if folder is not None and not resume:
-        save_state(state, folder, steps)
-    return [losses, {name: as_numpy(tensor) for name, tensor in working_tensors(state)}]
+def fresh(communicator: Communicator, recipe: Recipe) -> TrainerState:
+    return assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
+
+
+def bits(communicator: Communicator, recipe: Recipe, begin: int, end: int) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The losses of steps `begin` to `end`, and the working weights after them. Unless the run begins, its state comes from its
+    checkpoint; it is saved at the end."""
+    state = fresh(communicator, recipe)
+    if begin:
+        path = latest(Path(recipe.run.dir) / "checkpoints")
+        assert path is not None
+        assert load_state(state, path) == begin
+    found = [train_step(state, step).loss for step in range(begin, end)]
+    save_state(state, end)
+    return found, {name: as_numpy(tensor) for name, tensor in working_tensors(state)}
 
 
 @pytest.mark.parametrize("variant", FLOAT8)
 @pytest.mark.parametrize("layout", ["tensor", "expert, recompute"])
 def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path: Path, variant: str, layout: str) -> None:
     ranks, changes = LAYOUTS[layout]
-    recipe = recipe_of(operators__linear=variant, **changes)
-    whole = run("simulated", ranks, bits, recipe, 4, None, False)
-    run("simulated", ranks, bits, recipe, 2, tmp_path / "saved", False)
-    resumed = run("simulated", ranks, bits, recipe, 4, tmp_path / "saved", True)
-    for (losses, weights), (later, same) in zip(whole, resumed, strict=True):
-        assert losses[2:] == later
+    recipes = [recipe_of(operators__linear=variant, run__dir=str(tmp_path / name), **changes) for name in ("whole", "halves")]
+    whole = run("simulated", ranks, bits, recipes[0], 0, 4)
+    first = run("simulated", ranks, bits, recipes[1], 0, 2)
+    second = run("simulated", ranks, bits, recipes[1], 2, 4)
+    for (losses, weights), (before, _), (after, same) in zip(whole, first, second, strict=True):
+        assert losses == before + after
         assert all(np.array_equal(same[name], values) for name, values in weights.items())
 
 
-def executed(communicator: Communicator, recipe: Recipe) -> None:
-    state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-    train_step(state, 0)
+def one_step(communicator: Communicator, recipe: Recipe) -> None:
+    train_step(fresh(communicator, recipe), 0)
 
 
 Product = tuple[tuple[int, ...], tuple[int, ...]]
-LORA = {"model__lora__rank": 16, "model__lora__targets": ["*"]}
+DENSE: dict[str, Any] = {"model__moe": MoEConfig()}
+LORA: dict[str, Any] = {"model__lora__rank": 16, "model__lora__targets": ["*"]}
 
 
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
-        (1, {"model__moe__experts": 0}),
-        (2, {"model__moe__experts": 0, **LAYOUTS["tensor"][1]}),
-        (2, {"model__moe__experts": 0, **LAYOUTS["pipeline, weight gradients put off"][1]}),
-        (1, {"model__moe__experts": 0, "train__recompute": "full"}),
-        (1, {"model__moe__experts": 0, "model__ffn": 88}),  # no multiple of 16, so that these products stay in bfloat16
-        (1, {"model__moe__experts": 0, **LORA}),
+        (1, DENSE),
+        (2, {**DENSE, **LAYOUTS["tensor"][1]}),
+        (2, {**DENSE, **LAYOUTS["pipeline, weight gradients put off"][1]}),
+        (1, {**DENSE, "train__recompute": "full"}),
+        (1, {**DENSE, "model__ffn": 88}),  # no multiple of 16, so that these products stay in bfloat16
+        (1, {**DENSE, **LORA}),
         (1, {}),
         (2, LAYOUTS["expert, recompute"][1]),
     ],
@@ -141,8 +164,10 @@ def test_the_products_in_float8_are_those_of_the_trace(
     recipe = recipe_of(**changes)
     seen: list[Product] = []
     plain = float8.scaled_mm
-    monkeypatch.setattr(float8, "scaled_mm", lambda a, b, *rest, **named: seen.append((a.shape, b.shape)) or plain(a, b, *rest, **named))
-    run("simulated", ranks, executed, recipe)
+    monkeypatch.setattr(
+        float8, "scaled_mm", lambda a, b, *rest, **named: seen.append((a.shape, b.shape)) or plain(a, b, *rest, **named)
+    )
+    run("simulated", ranks, one_step, recipe)
     traced = [
         tuple(given.shape for given in operator.inputs if given.dtype == TRACED)
         for rank in range(ranks)
@@ -187,7 +212,12 @@ def test_a_run_records_its_variant_and_says_that_a_cpu_is_slow(tmp_path: Path, c
 def test_a_run_goes_on_in_another_dtype_and_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run("simulated", 1, trained, in_folder(tmp_path, "bfloat16"))
     variants = []
-    for steps, dtype, linear in ((4, "float8", "auto"), (6, "float8", "float8_tensorwise"), (8, "float8", "auto"), (10, "bfloat16", "auto")):
+    for steps, dtype, linear in (
+        (4, "float8", "auto"),
+        (6, "float8", "float8_tensorwise"),
+        (8, "float8", "auto"),
+        (10, "bfloat16", "auto"),
+    ):
         changes = {"train__steps": steps, "operators__linear": linear, "checkpoint__resume": True}
         (summary,) = run("simulated", 1, trained, in_folder(tmp_path, dtype, **changes))
         variants.append(summary["operators"]["linear"])
@@ -216,13 +246,13 @@ def test_a_dtype_and_a_variant_that_do_not_go_together_are_refused(dtype: str, l
     assert "\n" not in str(error.value)
 
 
-def test_a_gradient_that_is_not_finite_is_seen(tmp_path: Path) -> None:
-    fault = "0:1:nan"
-    recipe = in_folder(tmp_path, faults=[], guard__on_nonfinite="skip")
-    def spoilt(communicator: Communicator, recipe: Recipe) -> bool:
-        state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
-        with torch.no_grad():
-            next(iter(state.engine.model.layers["0"].attention.query.parameters()))[0, 0] = torch.inf
-        return train_step(state, 0).committed
+def spoilt(communicator: Communicator, recipe: Recipe) -> bool:
+    state = fresh(communicator, recipe)
+    with torch.no_grad():
+        state.engine.model.layers["0"].attention.query.weight[0, 0] = torch.inf
+    return train_step(state, 0).committed
 
-    assert run("simulated", 1, spoilt, recipe) == [False], fault
+
+@pytest.mark.parametrize("variant", FLOAT8)
+def test_a_step_that_is_not_finite_is_not_committed(variant: str) -> None:
+    assert run("simulated", 1, spoilt, recipe_of(operators__linear=variant, guard__on_nonfinite="skip")) == [False]
