@@ -20,9 +20,9 @@ class Products:
         return x.to(dtype)
 
     @property
-    def of_head(self) -> "Products":
-        """The products of the projection to the vocabulary. A subclass that rounds operands more than their dtype does has others
-        for it."""
+    def without_float8(self) -> "Products":
+        """The products that do not round operands more than their dtype does: for the projection to the vocabulary, and for models
+        that are not trained any more."""
         return self
 
     def multiplies_groups(self, rows: torch.Tensor) -> bool:

@@ -79,7 +79,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(path: Path, dtype: str, linear: str, layout: str | None = None) -> np.ndarray:
     ranks, changes = LAYOUTS[layout] if layout else (1, {})
     recipe = text_of(recipe_of(dtype, operators__linear=linear, **changes), path)
-    return np.array(run("simulated", ranks, train, recipe, STEPS)[0].losses)
+    return np.array(run("simulated", ranks, train, recipe, STEPS // 2 if layout else STEPS)[0].losses)
 
 
 @pytest.mark.parametrize("variant", FLOAT8)
@@ -100,6 +100,7 @@ def test_the_curve_is_that_of_bfloat16(ids: Path, variant: str) -> None:
 )
 def test_the_curve_is_nearly_the_same_on_any_layout(ids: Path, layout: str, variant: str) -> None:
     one, other = losses(ids, "float8", variant), losses(ids, "float8", variant, layout)
+    one = one[: len(other)]
     assert np.abs(other / one - 1).max() < OF_LAYOUTS
     if layout.startswith("pipeline"):
         assert np.array_equal(one, other), "stages multiply the same matrices"

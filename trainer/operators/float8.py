@@ -89,7 +89,7 @@ class ProductsInFloat8(Products):
         self.of_gradients = torch.float8_e4m3fn if by_row else torch.float8_e5m2
 
     @property
-    def of_head(self) -> Products:
+    def without_float8(self) -> Products:
         return torch_products
 
     def lacks_on(self, chip: str) -> str | None:
