@@ -148,16 +148,15 @@ LORA: dict[str, Any] = {"model__lora__rank": 16, "model__lora__targets": ["*"]}
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
-        (1, DENSE),
-        (2, {**DENSE, **LAYOUTS["tensor"][1]}),
-        (2, {**DENSE, **LAYOUTS["pipeline, weight gradients put off"][1]}),
-        (1, {**DENSE, "train__recompute": "full"}),
-        (1, {**DENSE, "model__ffn": 88}),  # no multiple of 16, so that these products stay in bfloat16
-        (1, {**DENSE, **LORA}),
-        (1, {}),
-        (2, LAYOUTS["expert, recompute"][1]),
+        pytest.param(1, DENSE, id="dense"),
+        pytest.param(2, {**DENSE, **LAYOUTS["tensor"][1]}, id="tensor"),
+        pytest.param(2, {**DENSE, **LAYOUTS["pipeline, weight gradients put off"][1]}, id="weight gradients put off"),
+        pytest.param(1, {**DENSE, "train__recompute": "full"}, id="recompute"),
+        pytest.param(1, {**DENSE, "model__ffn": 88}, id="widths that are no multiples of 16 stay in bfloat16"),
+        pytest.param(1, {**DENSE, **LORA}, id="low-rank factors"),
+        pytest.param(1, {}, id="experts"),
+        pytest.param(2, LAYOUTS["expert, recompute"][1], id="experts on two ranks"),
     ],
-    ids=str,
 )
 def test_the_products_in_float8_are_those_of_the_trace(
     monkeypatch: pytest.MonkeyPatch, ranks: int, changes: dict[str, Any]
