@@ -37,11 +37,18 @@ def dispatch_mode() -> Any:
 
 def linear_products(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Returns a context for the matrix products of a linear layer, those of its forward and its backward pass. It says so to the
-    dispatch mode around a computation without values, in which such products may stand for products in another dtype.
+    dispatch mode around a computation without values, which may convert each of their operands once for all of them.
 
     `tensor` is one of their operands.
     """
     enter = getattr(_get_current_dispatch_mode(), "linear_products", None) if tensor.is_meta else None
+    return _NOTHING if enter is None else enter()
+
+
+def float8_products(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Returns a context for matrix products that are computed in float8. It says so to the dispatch mode around a computation
+    without values, in which products of matrices in bfloat16 stand for them. `tensor` is one of the matrices."""
+    enter = getattr(_get_current_dispatch_mode(), "float8_products", None) if tensor.is_meta else None
     return _NOTHING if enter is None else enter()
 
 

@@ -22,7 +22,6 @@ from bagualu.trainer.costs.fits import Device, check_memory
 from bagualu.trainer.costs.micro_batch import choose_micro_batch
 from bagualu.trainer.recipe import preflight
 from bagualu.trainer.recipe.compose import compose
-from bagualu.trainer.simulation.setting import in_trained_dtype
 from tests.trainer.data.token_files import write_examples
 
 ROOT = Path(__file__).parents[1]
@@ -486,7 +485,7 @@ def test_the_commands_of_the_readme_and_the_guides_are_valid(command, tmp_path, 
         question = read_question(request)
         chip = question.cluster.parts[0].chip
         device = Device(chip.memory_bytes - chip.context_bytes, chip.name)
-        return check_memory(in_trained_dtype(question.recipe), question.world, device)
+        return check_memory(question.recipe, question.world, device)
     recipes = [job.recipe for job in jobs(request.overrides)] if request.multirun else [compose(request.overrides)]
     for recipe in recipes:
         world = recipe.world_size()

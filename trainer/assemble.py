@@ -105,7 +105,7 @@ def assemble(
         mesh=mesh,
         weight_gradients=engine,
         activation_shape=(recipe.train.micro_batch, length, recipe.model.hidden),
-        activation_dtype=getattr(torch, recipe.train.dtype),
+        activation_dtype=getattr(torch, recipe.train.stored_dtype),
         device=communicator.device,
     )
     return TrainerState(

@@ -292,7 +292,7 @@ def _finished(recipe: Recipe, first_step: int) -> dict[str, Any] | None:
 def _ceiling(state: TrainerState, communicator: Communicator) -> float:
     """Returns the FLOP/s that matrix multiplication reaches, summed over all ranks, which measure at the same time. Collective."""
     meet(communicator.world)
-    dtype = getattr(torch, state.recipe.train.dtype)
+    dtype = getattr(torch, state.recipe.train.stored_dtype)
     return total(matmul_ceiling(dtype, state.device, torch.get_num_threads()), communicator.world)
 
 

@@ -17,10 +17,9 @@ from bagualu.launch.verbs.question import check_loads, read_cluster_of, require_
 from bagualu.parallel.planner.search import Effort, RankedLayout
 from bagualu.trainer.process.failure import DONE
 from bagualu.trainer.recipe.compose import compose
-from bagualu.trainer.recipe.config import CHOSEN, PREDICTED_DTYPE, Recipe
+from bagualu.trainer.recipe.config import CHOSEN, Recipe
 from bagualu.trainer.simulation.failures import FailureQuestion, RunLength, require_forecast, run_length
 from bagualu.trainer.simulation.search_space import plannable, search_space
-from bagualu.trainer.simulation.setting import in_trained_dtype
 
 _DEFAULTS = {"top": "10", "seconds": "50"}
 _LEAST_SECONDS = 5
@@ -83,8 +82,6 @@ def plan(request: CommandLine) -> tuple[int, Any]:
         if length is not None:
             print(length_text(length, step_tokens))
         print(f"the best layout:\n  {plans[0]['command']}")
-        if recipe.train.dtype == PREDICTED_DTYPE:
-            print(f"  (train.dtype={PREDICTED_DTYPE} can be predicted but not trained yet)")
         print("\n".join(["", "other choices, each in the best layout found that has it:", *choice_lines(found)]))
         print("\n".join(["", *notes(found, question.top)]))
     others = [as_choice(keys, one, layout_keys(recipe, one.layout.values()), found.ranked[0]) for keys, one in other_choices(found)]
@@ -96,7 +93,7 @@ def _length(best: RankedLayout[Any], question: FailureQuestion) -> RunLength:
     """Returns how long a run in the best layout is that ends in time."""
     predicted = best.exact
     assert predicted is not None
-    recipe = in_trained_dtype(predicted.recipe)
+    recipe = predicted.recipe
     return run_length(recipe, predicted.cluster, predicted.layout, predicted.step_seconds, question)
 
 
@@ -109,7 +106,7 @@ def read_plan(request: CommandLine) -> PlanQuestion:
     if seconds < _LEAST_SECONDS:
         raise RecipeError(f"seconds={seconds} is less than a search takes; give seconds={_LEAST_SECONDS} or more")
     recipe = compose(words, SEVERAL["plan"])
-    in_trained_dtype(recipe).train.validate()
+    recipe.train.validate()
     if recipe.train.micro_batch == CHOSEN:  # the plan chooses it, and the command has its choice
         words = [word for word in words if key_of(word) != "train.micro_batch"]
     if loads := own.get("loads"):

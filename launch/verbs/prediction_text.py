@@ -15,7 +15,6 @@ from bagualu.trainer.costs.fits import Device, excess_text, what_fits
 from bagualu.trainer.costs.prediction import size_text
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.simulation.predict import Prediction, RankMemory
-from bagualu.trainer.simulation.setting import in_trained_dtype
 
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"))
 
@@ -69,7 +68,7 @@ def excess(prediction: Prediction) -> str:
     chip = fullest.chip
     device = Device(fullest.limit_bytes, f"{chip.name} without the {size_text(chip.context_bytes)} that its driver takes")
     memory = {kind: fullest.peak.by_kind.get(kind, 0) for kind in KINDS}
-    return excess_text(memory, device, what_fits(in_trained_dtype(prediction.recipe), prediction.layout.world, device, memory))
+    return excess_text(memory, device, what_fits(prediction.recipe, prediction.layout.world, device, memory))
 
 
 def title(prediction: Prediction) -> str:

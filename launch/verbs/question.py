@@ -19,7 +19,7 @@ from bagualu.trainer.recipe.changed import changed
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.failures import FailureQuestion
-from bagualu.trainer.simulation.setting import in_trained_dtype, on_cluster
+from bagualu.trainer.simulation.setting import on_cluster
 
 _PICTURES = (".png", ".svg", ".html")
 
@@ -51,14 +51,14 @@ def read_question(request: CommandLine) -> Question:
         check_loads(loads, recipe.model.moe.experts)
     cluster = read_cluster_of(own, recipe).for_world(world)
     recipe = _with_micro_batch(on_cluster(recipe, cluster), cluster, world)
-    check_memory(in_trained_dtype(recipe), world, None)  # without a device: only whether a split fits parallel.memory_bytes
+    check_memory(recipe, world, None)  # without a device: only whether a split fits parallel.memory_bytes
     return Question(recipe, cluster, world, own.get("loads", "balanced"), out, trace, failures, _fraction(own, "stragglers"))
 
 
 def _with_micro_batch(recipe: Recipe, cluster: Cluster, world: int) -> Recipe:
     """Returns the recipe with train.micro_batch=auto replaced by what a run on these devices would take."""
     free = min(part.chip.memory_bytes - part.chip.context_bytes for part in cluster.parts)
-    sized = choose_micro_batch(in_trained_dtype(recipe), world, Device(free, f"a device of {cluster.name}"))
+    sized = choose_micro_batch(recipe, world, Device(free, f"a device of {cluster.name}"))
     return changed(recipe, {"train.micro_batch": sized.train.micro_batch})
 
 

@@ -13,7 +13,6 @@ from bagualu.launch.verbs.question import read_question
 from bagualu.parallel.simulation.trace_events import write_trace
 from bagualu.trainer.process.failure import DONE, REFUSED
 from bagualu.trainer.simulation.failures import failure_report
-from bagualu.trainer.simulation.setting import in_trained_dtype
 
 
 def simulate(request: CommandLine) -> tuple[int, Any]:
@@ -36,7 +35,7 @@ def simulate(request: CommandLine) -> tuple[int, Any]:
     files = {"out": question.out, "trace": question.trace}
     failures = None
     if prediction.fits:
-        recipe, layout = in_trained_dtype(prediction.recipe), prediction.layout
+        recipe, layout = prediction.recipe, prediction.layout
         failures = failure_report(recipe, prediction.cluster, layout, prediction.step_seconds, question.failures)
     document = as_document(prediction) | {key: None if path is None else str(path) for key, path in files.items()}
     document["failures"] = None if failures is None else failures.document()

@@ -218,7 +218,7 @@ keys, besides all those of a recipe (bagualu train --cfg job):
                     fullest, and for each other the same fraction of the one before it; or RUN_DIR, as in that run
   stragglers        standard deviation of the time that ranks take for the same work, as a fraction, e.g. 0.02; default 0.
                     All wait for the slowest of so many
-  train.dtype=float8    for prediction only: products of linear layers take the cluster's float8 peak
+  train.dtype=float8    products of linear layers take the cluster's float8 peak
   days              length of the run whose failures are forecast (default 14), if the cluster's file has failure rates
   spares            nodes that stand by for those that fail; left out: always enough
   assume.NAME       another figure for that forecast, e.g. assume.repair_hours=6 (docs/design/failures.md lists them)
@@ -247,7 +247,6 @@ keys, besides all those of a recipe (bagualu train --cfg job):
   top               how many layouts to print, default 10
   seconds           about how long the search may take, default 50
   loads             as for bagualu simulate
-  train.dtype=float8    for prediction only
   days              how long you have the devices: the command of the best layout gets the train.steps that fit, with the
                     failures that the cluster's file forecasts, and checkpoint.every and restart.limit for them
   spares, assume.NAME   as for bagualu simulate

@@ -43,7 +43,7 @@ def test_every_gradient_is_the_exact_one_rounded(monkeypatch: pytest.MonkeyPatch
     recipe = small_recipe(**MOE, parallel__schedule=schedule)
     (exact,) = run("simulated", 1, gradients, recipe)
     if backend == "in one kernel":  # as on a GPU; torch has a form of it for the CPU
-        monkeypatch.setattr(linear, "_in_one_kernel", lambda x, *weights: x.dtype == torch.bfloat16 and x.shape[0] > 0)
+        monkeypatch.setattr(linear, "_in_one_kernel", lambda products, x, *weights: x.dtype == torch.bfloat16 and x.shape[0] > 0)
         backend = "simulated"
     half = replace(recipe, train=replace(recipe.train, dtype="bfloat16"))
     (found,) = run(backend, 1, gradients, half)

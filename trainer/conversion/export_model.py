@@ -32,6 +32,7 @@ from bagualu.trainer.models.hugging_face.config import OF_TOKENS, POSITIONS, wri
 from bagualu.trainer.models.hugging_face.directory import BESIDES, CONFIG, INDEX, SINGLE
 from bagualu.trainer.models.hugging_face.families import family_of
 from bagualu.trainer.models.hugging_face.names import EMBEDDING, HEAD, FilePart, parts_of, shapes_of
+from bagualu.trainer.recipe.config import stored_dtype_of
 
 SHARD_BYTES = 5 * 10**9
 """The most bytes of weights in a file, unless a single tensor has more."""
@@ -54,7 +55,7 @@ def export_model(given: Path, to: Path, dtype: str | None = None, form: str = "s
     checkpoint = Checkpoint(checkpoint_at(given))
     identity = checkpoint.metadata.get("identity") or {}
     model = replace(model_of(identity), lora=LoraConfig())  # factors are merged into the weights
-    dtype = dtype or str(checkpoint.metadata.get("dtype"))
+    dtype = dtype or stored_dtype_of(str(checkpoint.metadata.get("dtype")))
     if dtype not in EXPORTED:
         raise RecipeError(f"dtype={dtype} is unknown; give one of {', '.join(EXPORTED)}")
     if form not in FORMATS:

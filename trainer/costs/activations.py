@@ -22,6 +22,9 @@ _BLOCK_ROWS, _BLOCK_ELEMENTS = 2**6, 2**20
 _TILE_KEYS, _TILE_SPAN, _TILE_ROWS_MULTIPLE = 64, 512, 32
 """The most keys and queries of a tile, and the multiple to which its rows are filled up (operators/tiles.cpp)."""
 _INDEX_BYTES = 8
+_FLOAT8_BYTES = 1
+_CONVERTED_BYTES = 4 + _FLOAT8_BYTES
+"""For each element of a matrix that is converted to float8: the float32 quotient by its scale, and the result."""
 _ADDED_WIDTH = 8
 """Elements that slopes add to the width of a head, except where attention is computed in blocks (operators/alibi.py)."""
 
@@ -84,9 +87,9 @@ def head_held(work: ModelWork) -> Held:
     inputs, scales = work.tokens_between * hidden * item, _norm_statistics(work)
     trained = columns * hidden * (("embedding.weight" if work.model.tie_embeddings else "head.weight") not in work.frozen)
     weight = trained * accurate
-    widened = (columns + work.tokens) * hidden * product * work.copies_operands  # weight, input's gradient
+    widened = (columns + work.tokens) * hidden * product * work.head_copies_operands  # weight, input's gradient
     result = inside_bytes(work)  # the input's gradient; if widened, it is rounded at the end
-    highest = _most_of_chunks(work, columns, trained) - weight - result * work.copies_operands
+    highest = _most_of_chunks(work, columns, trained) - weight - result * work.head_copies_operands
     normed = inside_bytes(work) + (inputs if work.sequence else 0)
     # In the norm's backward pass, when those gradients are gone, its result is rounded at the end.
     after = inside_bytes(work) + _norm_results(work) + inputs * (item < accurate) - result - weight
@@ -103,7 +106,7 @@ def _most_of_chunks(work: ModelWork, columns: int, trained: int) -> int:
         tokens = min(work.tokens - begin, HEAD_CHUNK_TOKENS)
         logits = tokens * columns * (accurate + product * narrow) + trained * accurate * (begin > 0)
         gradient = tokens * columns * product + trained * (accurate + product * narrow)
-        highest = max(highest, max(logits, gradient) + tokens * hidden * product * work.copies_operands)
+        highest = max(highest, max(logits, gradient) + tokens * hidden * product * work.head_copies_operands)
     return highest
 
 
@@ -157,6 +160,8 @@ def _products(work: ModelWork, elements: int) -> tuple[int, int]:
     """Returns the bytes of (a weight's gradient before it is added to the bucket, the weight in the dtype of products), 0 where a
     kernel needs no such copy. `elements`: of the weight."""
     trained = work.model.lora.rank is None
+    if work.in_float8:
+        return elements * work.accurate_bytes * trained, elements * _CONVERTED_BYTES
     added = elements * work.operand_bytes if trained and work.copies_gradients else 0
     return added, elements * work.product_bytes if work.copies_operands else 0
 
@@ -214,7 +219,7 @@ def _attention(work: ModelWork, index: int) -> _Block:
     summed, widened = _products(work, model.hidden * heads)
     columns = tokens * model.hidden * product * work.copies_operands  # the gradient of the block's output
     rotates = work.on_cpu and model.positions == "rotary"
-    return _Block(kept, operands, columns + summed + widened, max(kernel, rotated * rotates))
+    return _Block(kept, operands, columns + max(summed, widened), max(kernel, rotated * rotates))
 
 
 def _tiles_workspace(work: ModelWork, shared: bool) -> int:
@@ -246,6 +251,11 @@ def _feed_forward(work: ModelWork, index: int, block: str, rows: int, whole_ffn:
     operand = rows * ffn * product * (gated or work.copies_operands)
     left = rows * rank * product * work.copies_operands if _adapted(work, index, block + "down") else columns
     factors = operand + rows * ffn * (product + 2 * item * gated + item * work.copies_operands) + left
+    converted = kept_in_float8 = 0  # the operand, of which the input's gradient still finds a copy
+    gradient = rows * ffn * product + widened  # of the operand, with the weight in the dtype of products
+    if work.in_float8:
+        converted, kept_in_float8 = rows * ffn * _CONVERTED_BYTES, rows * ffn * _FLOAT8_BYTES
+        gradient = max(widened, rows * ffn * product + hidden * ffn * _FLOAT8_BYTES)
     matrices = 3 if gated else 2
     # In the products before: input and gradient wide, without an activation; then a product, or at the end the rounded gradient.
     first, last_width = rows * (2 * hidden * product - ffn * item), rank if _adapted(work, index, block + "up") else ffn
@@ -253,7 +263,11 @@ def _feed_forward(work: ModelWork, index: int, block: str, rows: int, whole_ffn:
     found = _Block(
         kept=rows * (hidden + matrices * ffn) * item,
         operands=rows * (2 * hidden + matrices * ffn) * product,
-        last=max(columns + operand + added, columns + operand + rows * ffn * product + widened, factors),
+        last=max(
+            columns + operand + max(converted, kept_in_float8 + added),
+            columns + operand + kept_in_float8 + gradient,
+            factors + kept_in_float8,
+        ),
         work=first if work.copies_operands else 0,
     )
     return found.plus(_factors(work, index, block, rows, item))

@@ -65,7 +65,9 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
     dropped = [name for name, was in before.items() if was.why == COMPILED and not compiles]
     if recorded is not None and dropped:
         recorded = recorded.without(COMPILED)
-    chosen, remarks = kept(recorded, recipe.operators, chip, product)
+    chosen, remarks = kept(recorded, recipe.operators, chip, product, recipe.train.dtype)
+    if recipe.train.dtype == "float8" and chip == "cpu":
+        remarks.append("train.dtype=float8: a CPU computes products in float8, but slowly; this is for trying out")
     if dropped:
         remarks.append(f"train.compile=false: {', '.join(dropped)} are not generated kernels any more, as they were so far")
     if compiles:

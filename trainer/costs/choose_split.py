@@ -99,7 +99,7 @@ def _rates(recipe: Recipe, communicator: Communicator) -> list[float]:
     """Returns the FLOP/s of every rank, measured on all at the same time, since they share memory and power in the run too.
     Collective."""
     meet(communicator.world)
-    dtype, device = getattr(torch, recipe.train.dtype), communicator.device
+    dtype, device = getattr(torch, recipe.train.stored_dtype), communicator.device
     return gather(matmul_ceiling(dtype, device, torch.get_num_threads(), _PROBE_SECONDS), communicator.world)
 
 

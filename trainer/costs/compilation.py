@@ -15,7 +15,7 @@ from bagualu.trainer.costs.work import cpu_multiplies
 from bagualu.trainer.models.decoder.flops import model_flops_per_token
 from bagualu.trainer.process.environment import threads
 from bagualu.trainer.recipe.compose import load_recipe
-from bagualu.trainer.recipe.config import CHOSEN, Recipe
+from bagualu.trainer.recipe.config import CHOSEN, DTYPES, Recipe
 from bagualu.trainer.user_settings import cpp_compiler
 
 COMPILE_SECONDS = 30.0
@@ -72,7 +72,7 @@ def _pays(recipe: Recipe, workers: int, world: int, saved: Saved) -> bool:
     """Returns whether a run on CPUs is long enough. Raises RecipeError if the recipe is wrong."""
     if not recipe.comm.on_cpu:
         return False
-    layout, cores, dtype = recipe.validate(world), threads(recipe.launch, workers), recipe.train.dtype
+    layout, cores, dtype = recipe.validate(world), threads(recipe.launch, workers), recipe.train.stored_dtype
     rate = cores * _CORE_FLOPS[dtype == "bfloat16" and cpu_multiplies(dtype)]
     length, steps = recipe.data.sequence_length, recipe.train.steps
     products = recipe.data.global_batch * length * model_flops_per_token(recipe.model, length) / (world * rate)
@@ -89,7 +89,7 @@ def _chip(rate: float, cores: int) -> Chip:
     return Chip(
         name="CPU",
         vendor="",
-        matmul_flops_per_second=dict.fromkeys(("float64", "float32", "bfloat16", "float16"), rate),
+        matmul_flops_per_second=dict.fromkeys(DTYPES, rate),
         memory_bytes=0,
         memory_bytes_per_second=cores * _CORE_BYTES,
         launch_seconds=_CALL_SECONDS,

@@ -247,7 +247,7 @@ def _fits(recipe: Recipe, changes: dict[str, Any], world: int, device: Device | 
 
 def _weights_bytes(recipe: Recipe) -> int:
     """Returns the bytes of one copy of the model's weights, which all ranks together hold at least."""
-    return sum(map(prod, parameter_shapes(recipe.model).values())) * ITEM_BYTES[recipe.train.dtype]
+    return sum(map(prod, parameter_shapes(recipe.model).values())) * ITEM_BYTES[recipe.train.stored_dtype]
 
 
 def _typed(changes: dict[str, Any]) -> str:

@@ -115,7 +115,21 @@ class ModelWork:
 
     @property
     def _reads_any_dtype(self) -> bool:
+        return self._in_panels or self.in_float8
+
+    @property
+    def _in_panels(self) -> bool:
         return self.operators.linear == "panels" and self.dtype in ("bfloat16", "float32")
+
+    @property
+    def head_copies_operands(self) -> bool:
+        """Whether the head copies its operands to a wider dtype before it multiplies them. Its products are never in float8."""
+        return self.widens and not self._in_panels
+
+    @property
+    def in_float8(self) -> bool:
+        """Whether linear layers multiply in float8."""
+        return self.operators.linear in registry.FLOAT8 and self.dtype == "bfloat16"
 
     def passes_gradients(self, layer: int) -> bool:
         """Returns whether gradients go back into decoder layer `layer`, -1 for the embedding. They do not if the layer, all layers
@@ -161,7 +175,7 @@ def _layer_of(name: str) -> float:
 def work_of(recipe: Recipe, layout: Layout) -> ModelWork:
     """Returns the properties of a rank's work, under `recipe` and `layout`, on which its costs depend. Whether a CPU multiplies
     16-bit matrices is that of this machine."""
-    parallel, optim, dtype = recipe.parallel, recipe.optim, recipe.train.dtype
+    parallel, optim, dtype = recipe.parallel, recipe.optim, recipe.train.stored_dtype
     shapes = parameter_shapes(recipe.model)
     placement = placement_of(parallel.schedule, layout.pipeline, parallel.virtual_stages)
     on_cpu = recipe.comm.on_cpu or recipe.comm.backend == AUTO  # until a backend is chosen

@@ -214,5 +214,5 @@ def _frozen_parts(frozen: Members, mesh: Mesh) -> Iterator[ZeroPart]:
 
 def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> DeepSpeedEngine:
     """Builds an engine that holds this rank's stages of `split`, with weights and buffers from `fill`. Collective."""
-    model, plan = local_model(recipe, mesh, split, fill, getattr(torch, recipe.train.dtype))
+    model, plan = local_model(recipe, mesh, split, fill, getattr(torch, recipe.train.stored_dtype))
     return DeepSpeedEngine(model, plan, mesh, recipe)

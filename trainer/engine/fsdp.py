@@ -181,7 +181,7 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> FsdpEngine:
     """Builds an engine that holds this rank's stages of `split`, with weights and buffers from `fill`.
 
     Raises RecipeError if the communication backend has no torch process groups."""
-    device, dtype = mesh.group("world").device, getattr(torch, recipe.train.dtype)
+    device, dtype = mesh.group("world").device, getattr(torch, recipe.train.stored_dtype)
     parameters = parameter_shapes(recipe.model)
 
     def later(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:

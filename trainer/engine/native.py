@@ -133,7 +133,7 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
     def take(model: Decoder, plan: ShardingPlan, parameters: list[tuple[str, torch.nn.Parameter]]) -> None:
         buckets[:0] = build_buckets(parameters, plan, mesh, zero, parallel.bucket_bytes, model.uses, treat)
 
-    dtype, world = getattr(torch, recipe.train.dtype), mesh.group("world")
+    dtype, world = getattr(torch, recipe.train.stored_dtype), mesh.group("world")
     if zero == 3:  # unit by unit, so that not even at the start a rank holds all weights
         model, plan = local_model(recipe, mesh, split, fill, dtype, take)
         gatherer = WeightGatherer(model.units, buckets, _spare(mesh, split), model.reads_weights_again)

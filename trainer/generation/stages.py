@@ -61,7 +61,7 @@ class Stages:
             tokens = torch.cat((tokens.new_zeros(len(tokens), width - added), tokens), 1)
         shape = (len(tokens), width // ranks, model.hidden)
         with columns.adding(added, width):
-            logits = relay(self.mesh, self._stage, tokens, shape, getattr(torch, self.recipe.train.dtype))
+            logits = relay(self.mesh, self._stage, tokens, shape, getattr(torch, self.recipe.train.stored_dtype))
         return None if logits is None else gather_from(logits, tensor, 2)[..., : model.vocab]
 
     def loss(self, tokens: torch.Tensor, labels: torch.Tensor, *documents: torch.Tensor) -> torch.Tensor | None:
@@ -74,7 +74,7 @@ class Stages:
         def run(x: torch.Tensor, chunk: int) -> torch.Tensor:
             return self.run(x, labels if chunk == last else None, chunk, *documents)[0]
 
-        return relay(self.mesh, run, tokens, shape, getattr(torch, self.recipe.train.dtype))
+        return relay(self.mesh, run, tokens, shape, getattr(torch, self.recipe.train.stored_dtype))
 
     def _stage(self, x: torch.Tensor, chunk: int) -> torch.Tensor:
         return self.run(x, None, chunk)[0]
@@ -90,20 +90,21 @@ def load_stages(recipe: Recipe, communicator: Communicator, path: Path) -> Stage
 
     def load() -> nn.Module:
         checkpoint = Checkpoint(path)
-        as_trained = replace(recipe, operators=_as_trained(recipe.operators, path, chip_of(communicator.device)))
+        as_trained = replace(recipe, operators=_as_trained(recipe, path, chip_of(communicator.device)))
         _require_model(recipe, checkpoint)
-        return local_model(as_trained, mesh, split, StoredWeights(checkpoint).fill, getattr(torch, recipe.train.dtype))[0]
+        return local_model(as_trained, mesh, split, StoredWeights(checkpoint).fill, getattr(torch, recipe.train.stored_dtype))[0]
 
     model = on_all(load, communicator.world)
     return Stages(recipe, mesh, model, model)
 
 
-def _as_trained(config: OperatorsConfig, path: Path, chip: str) -> OperatorsConfig:
-    """Returns `config` with the variants of the run whose checkpoint `path` is in place of auto, as far as `chip` and this machine
-    have them."""
+def _as_trained(recipe: Recipe, path: Path, chip: str) -> OperatorsConfig:
+    """Returns the operators of `recipe` with the variants of the run whose checkpoint `path` is in place of auto, as far as `chip`
+    and this machine have them."""
+    config = recipe.operators
     record = RunDirectory(path.resolve().parents[1]).operators
     try:
-        found = as_recorded(record, config, chip)
+        found = as_recorded(record, config, chip, recipe.train.dtype)
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read (%s); operators are computed by the usual variants", record, error)
         return config

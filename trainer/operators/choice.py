@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.trainer.operators.config import OperatorsConfig
-from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, GENERATED, variants
+from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, FLOAT8, GENERATED, variants
 
 ALIKE = 0.02
 """The usual variant is kept unless another takes less time than it by more than this fraction."""
@@ -83,14 +83,22 @@ def by_rule(usual: Sequence[str]) -> Chosen:
     return Chosen(usual[0] if len(set(usual)) == 1 else AUTO, USUAL)
 
 
-def kept(recorded: ChosenOperators | None, config: OperatorsConfig, chip: str, product: str) -> tuple[dict[str, Chosen], list[str]]:
+def kept(
+    recorded: ChosenOperators | None, config: OperatorsConfig, chip: str, product: str, dtype: str
+) -> tuple[dict[str, Chosen], list[str]]:
     """Returns the choices that are settled without measuring, and what is to be said about them: variants that the recipe names,
-    and for the other operators those that the run has recorded, if it has. `chip`: the type of the ranks' device, `product` its
-    product name."""
+    and for the other operators those that the run has recorded, if it has, unless they do not go with train.dtype=`dtype`. `chip`:
+    the type of the ranks' device, `product` its product name."""
     settled, remarks = {}, []
-    before = recorded.operators if recorded is not None else {}
+    before = dict(recorded.operators) if recorded is not None else {}
+    if config.linear == AUTO and "linear" in before and (before["linear"].variant in FLOAT8) != (dtype == "float8"):
+        remarks.append(f"train.dtype={dtype}: linear layers had operators.linear={before.pop('linear').variant} so far")
+    if config.linear == AUTO and dtype == "float8" and "linear" not in before:
+        settled["linear"] = Chosen(FLOAT8[0], USUAL)
     for operator, variant in config.as_dict().items():
         was = before.get(operator)
+        if operator in settled:
+            continue
         if variant != AUTO:
             settled[operator] = Chosen(variant, GIVEN) if was is None or was.variant != variant else was
             if was is not None and was.variant != variant:
@@ -108,10 +116,11 @@ def kept(recorded: ChosenOperators | None, config: OperatorsConfig, chip: str, p
     return settled, remarks
 
 
-def as_recorded(path: Path, config: OperatorsConfig, chip: str) -> OperatorsConfig:
-    """Returns `config` with the variants that a run has recorded in `path` in place of auto, as far as `chip` has them and they
-    need not be generated, which takes longer than most texts. Raises OSError, and ValueError if the file is damaged."""
+def as_recorded(path: Path, config: OperatorsConfig, chip: str, dtype: str) -> OperatorsConfig:
+    """Returns `config` with the variants that a run has recorded in `path` in place of auto, as far as `chip` has them, they go
+    with train.dtype=`dtype` and they need not be generated, which takes longer than most texts. Raises OSError, and ValueError if
+    the file is damaged."""
     recorded = ChosenOperators.read(path)
-    settled, _ = kept(recorded, config, chip, recorded.chip if recorded is not None else "")
+    settled, _ = kept(recorded, config, chip, recorded.chip if recorded is not None else "", dtype)
     generated = [name for name, chosen in settled.items() if chosen.variant == GENERATED and getattr(config, name) == AUTO]
     return replace(config, **{name: AUTO if name in generated else chosen.variant for name, chosen in settled.items()})

@@ -13,7 +13,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from bagualu.parallel.data.reducer import GradientSink, gradient_sink
 from bagualu.parallel.precision import accurate_dtype, linear_products, multiply_dtype, on_nvidia
@@ -161,13 +160,13 @@ def _grouped_outputs(
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
     """Returns the result of `grouped_linears`, and the number of the row after those of each expert [E], if one kernel multiplies
     all."""
-    if _in_one_kernel(x, *weights):
+    if _in_one_kernel(products, x, *weights):
         rows = _times(x, factor)
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
         with linear_products(x):
-            return tuple(F.grouped_mm(rows, weight.mT, offs=ends) for weight in weights), ends
+            return tuple(products.grouped(rows, weight.mT, ends) for weight in weights), ends
     rows = products.operand(_times(x, factor), multiply_dtype(x))
-    parts = rows.split(counts)
+    parts = [products.operand(part, rows.dtype) for part in rows.split(counts)]
     outputs = [rows.new_empty(x.shape[0], weight.shape[1]) for weight in weights]
     with linear_products(x):
         for output, weight in zip(outputs, weights, strict=True):
@@ -194,10 +193,10 @@ class _GroupedLinears(torch.autograd.Function):
             return None, *by_experts(ctx, x, factor, weights, grads)
 
 
-def _in_one_kernel(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+def _in_one_kernel(products: Products, x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether the device has a kernel for the products of all experts together that accepts these tensors."""
     whole = all(size % _GROUPED_MULTIPLE == 0 for weight in weights for size in weight.shape[1:])
-    return on_nvidia(x) and x.dtype == torch.bfloat16 and x.shape[0] > 0 and whole
+    return products.multiplies_groups(x) and on_nvidia(x) and x.dtype == torch.bfloat16 and x.shape[0] > 0 and whole
 
 
 def _separate_backward(
@@ -206,7 +205,7 @@ def _separate_backward(
     operand = partial(ctx.products.operand, dtype=multiply_dtype(x))
     whole = operand(_times(x, factor))
     grad_input = torch.zeros_like(whole)
-    rows, into = whole.split(ctx.counts), grad_input.split(ctx.counts)
+    rows, into = [operand(part) for part in whole.split(ctx.counts)], grad_input.split(ctx.counts)
     grad_weights = []
     for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[4:], strict=True):
         columns = operand(grad).split(ctx.counts)
@@ -224,9 +223,9 @@ def _grouped_backward(
     grad_weights: list[torch.Tensor | None] = []
     for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[4:], strict=True):
         columns = grad.contiguous()
-        through = F.grouped_mm(columns, weight, offs=ends)
+        through = ctx.products.grouped(columns, weight, ends)
         grad_input = through if grad_input is None else grad_input.add_(through)
-        compute = partial(_experts_gradient, columns, rows, ends)
+        compute = partial(_experts_gradient, ctx.products, columns, rows, ends)
         if sink is not None:
             sink.add_computed(compute)
         grad_weights.append(compute().to(accurate_dtype(weight.dtype)) if trained and sink is None else None)
@@ -234,11 +233,11 @@ def _grouped_backward(
     return *_of_factors(grad_input, x, factor), None, *grad_weights
 
 
-def _experts_gradient(columns: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def _experts_gradient(products: Products, columns: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Returns the gradients [E, O, I] of the weights of experts, given the gradients of their outputs [N, O] and their inputs [N,
     I], of which expert e has the rows up to ends[e]. It may run later than the rest of the backward pass."""
     with linear_products(rows):
-        return F.grouped_mm(columns.T, rows, offs=ends)
+        return products.grouped(columns.T, rows, ends)
 
 
 def _weight_gradient(

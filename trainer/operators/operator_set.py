@@ -13,7 +13,7 @@ from bagualu.trainer.operators.attention import causal_attention
 from bagualu.trainer.operators.config import OperatorsConfig
 from bagualu.trainer.operators.gate import silu_gate
 from bagualu.trainer.operators.norm import normalise
-from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, load_variant
+from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, FLOAT8, load_variant
 from bagualu.trainer.operators.rotary import rotate
 
 
@@ -45,9 +45,10 @@ def variant_of(operator: str, variant: str, chip: str, here: bool = True) -> Any
     """Returns the variant, with the operator's default in its place for arguments that it does not take. Raises RecipeError if the
     chip has it not or, `here`, if this machine lacks something for it."""
     found: Callable[..., Any] = load_variant(operator, variant, chip)
-    if here and (lacked := _lacked(found)) is not None:
+    if here and (lacked := _lacked(found, chip)) is not None:
+        instead = "train.dtype=bfloat16" if variant in FLOAT8 else f"operators.{operator}={AUTO}"
         raise RecipeError(f"operators.{operator}={variant} needs {lacked}, which this machine has not; provide it, or give "
-                          f"operators.{operator}={AUTO}")  # fmt: skip
+                          f"{instead}")  # fmt: skip
     if operator == "linear":
         if isinstance(found, Products):
             return found
@@ -58,21 +59,24 @@ def variant_of(operator: str, variant: str, chip: str, here: bool = True) -> Any
 
 def lacked_by(config: OperatorsConfig, given: OperatorsConfig, chip: str) -> dict[str, str]:
     """Returns what this machine lacks for variants of `config`, by operator, and makes them ready. A variant that `given` names is
-    left out, since `variant_of` refuses it. Raises RecipeError for a variant that cannot be had anyway."""
+    left out, and so is one in float8, since `variant_of` refuses it. Raises RecipeError for a variant that cannot be had anyway."""
     named = given.as_dict()
-    found = {operator: variant for operator, variant in config.as_dict().items() if variant not in (AUTO, named[operator])}
+    found = {operator: variant for operator, variant in config.as_dict().items() if variant not in (AUTO, *FLOAT8, named[operator])}
     loaded = {operator: load_variant(operator, variant, chip) for operator, variant in found.items()}
-    lacked = {operator: _lacked(variant) or _failure(variant) for operator, variant in loaded.items()}
+    lacked = {operator: _lacked(variant, chip) or _failure(variant) for operator, variant in loaded.items()}
     return {operator: what for operator, what in lacked.items() if what is not None}
 
 
 def is_usable(operator: str, variant: str, chip: str) -> bool:
     """Returns whether this machine lacks nothing for the variant. Raises RecipeError if it cannot be had anyway."""
-    return _lacked(load_variant(operator, variant, chip)) is None
+    return _lacked(load_variant(operator, variant, chip), chip) is None
 
 
-def _lacked(variant: Any) -> str | None:
-    lacked: str | None = variant.lacks() if hasattr(variant, "lacks") else None
+def _lacked(variant: Any, chip: str) -> str | None:
+    if hasattr(variant, "lacks_on"):
+        lacked: str | None = variant.lacks_on(chip)
+    else:
+        lacked = variant.lacks() if hasattr(variant, "lacks") else None
     return lacked
 
 

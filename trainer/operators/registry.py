@@ -8,8 +8,9 @@ another accelerator): this package's in `_OWN`, others' under the entry point gr
 what it is given and returns is said by the operator's default in `OperatorSet` (operator_set.py). It may have an attribute `takes`,
 a function of the same arguments that returns whether the variant can compute them; the operator's default takes the place of one
 that cannot. And it may have an attribute `lacks`, a function without arguments that returns what the variant needs and this machine
-has not, such as "a C++ compiler", or None. A third one, `fails`, makes the variant ready and returns what it needs for that and
-this machine has not; the ranks ask it before they agree on a variant that nobody has named.
+has not, such as "a C++ compiler", or None; or instead `lacks_on`, a function of the chip that returns the same for it. A third one,
+`fails`, makes the variant ready and returns what it needs for that and this machine has not; the ranks ask it before they agree on
+a variant that nobody has named.
 """
 
 from importlib.metadata import EntryPoint, entry_points
@@ -26,12 +27,17 @@ DEFAULT_VARIANTS = {
     "norm": "eager", "rotary": "eager", "gate": "eager", "attention": "kernel", "loss": "eager", "linear": "torch",
 }  # fmt: skip
 """For each operator the variant that takes all arguments on every chip."""
+FLOAT8 = ("float8_rowwise", "float8_tensorwise")
+"""The variants of `linear` for train.dtype=float8, the usual one first. They round more than the others, so that none is chosen by
+its time."""
 _OWN = [
     EntryPoint("attention.blocks.cpu", "bagualu.trainer.operators.attention:attention_blocks", GROUP),
     EntryPoint("attention.kernel", "bagualu.trainer.operators.attention:attention_kernel", GROUP),
     EntryPoint("attention.tiles.cpu", "bagualu.trainer.operators.tiles:attention_tiles", GROUP),
     EntryPoint("gate.eager", "bagualu.trainer.operators.gate:silu_gate", GROUP),
     EntryPoint("gate.generated", "bagualu.trainer.operators.generated.gate:silu_gate", GROUP),
+    EntryPoint("linear.float8_rowwise", "bagualu.trainer.operators.float8:float8_rowwise", GROUP),
+    EntryPoint("linear.float8_tensorwise", "bagualu.trainer.operators.float8:float8_tensorwise", GROUP),
     EntryPoint("linear.panels.cpu", "bagualu.trainer.operators.panels:products_in_panels", GROUP),
     EntryPoint("linear.tiles.cpu", "bagualu.trainer.operators.products:products_in_tiles", GROUP),
     EntryPoint("linear.torch", "bagualu.parallel.products:torch_products", GROUP),

@@ -34,11 +34,14 @@ MOST_MICRO_BATCHES = 2**16
 """The most micro-batches of a data rank in a step: all their passes are planned before the first pass runs."""
 SEEDS = range(-(2**63), 2**64)
 """The seeds that torch accepts."""
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+DTYPES = ("float64", "float32", "bfloat16", "float16", "float8")
 CHOSEN = "auto"
 """The value of train.micro_batch for which a number is chosen before the workers start (costs/micro_batch.py)."""
-PREDICTED_DTYPE = "float8"
-"""A dtype whose runs can be predicted but not trained."""
+
+
+def stored_dtype_of(dtype: str) -> str:
+    """Returns the dtype of the tensors of a run with train.dtype=`dtype`."""
+    return "bfloat16" if dtype == "float8" else dtype
 
 
 @dataclass
@@ -66,8 +69,9 @@ class TrainConfig:
     """The number of sequences that a data rank passes through the model together; auto: of the numbers that divide the batch and
     are predicted to fit 0.8 of the memory, the one with the shortest predicted step."""
     dtype: str = "float32"
-    """The dtype of weights and activations: float64 | float32 | bfloat16 | float16. With the 16-bit dtypes, the optimizer keeps
-    float32 master weights. float8 can only be predicted: as bfloat16, with the matrix products of linear layers in float8."""
+    """The dtype of weights and activations: float64 | float32 | bfloat16 | float16 | float8. With all but the first two, the
+    optimizer keeps float32 master weights. float8 is bfloat16, except that linear layers of attention, feed-forwards and experts
+    multiply in float8 (operators.linear says how matrices are scaled). NVIDIA GPUs need compute capability 8.9 or later for it."""
     recompute: Any = "none"
     """Which activations the backward pass computes again instead of keeping them: none; full, all of each layer but its input;
     attention, those of the attention of each layer; experts, those of each mixture of experts; every:N, all of every N-th layer; a
@@ -91,9 +95,12 @@ class TrainConfig:
     """Steps between samples: the beginning of a text that the model makes up, or its answer in a conversation of the data, is
     printed then and after the last step; 0: never. Random tokens are not shown."""
 
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype in which working weights, activations and gradients between operators are stored."""
+        return stored_dtype_of(self.dtype)
+
     def validate(self) -> None:
-        if self.dtype == PREDICTED_DTYPE:
-            raise RecipeError("train.dtype=float8 can be predicted but not trained; give train.dtype=bfloat16")
         if self.dtype not in DTYPES:
             raise RecipeError(f"train.dtype={self.dtype} is unknown; give one of {', '.join(DTYPES)}")
         require_at_least(1, "train", self, "steps")
@@ -223,10 +230,10 @@ class Recipe:
         for part in (self.run, self.data, self.train, self.parallel, self.comm, self.checkpoint, self.restart, self.straggler,
                      self.launch, self.log):  # fmt: skip
             part.validate()
-        self.model.validate(self.train.dtype)
+        self.model.validate(self.train.stored_dtype)
         self.optim.validate("float64" if self.train.dtype == "float64" else "float32")
         self.optim.validate_steps(self.train.steps)
-        self.operators.validate(self.comm.chip)
+        self.operators.validate(self.comm.chip, self.train.dtype)
         self.model.lora.check_targets(parameter_shapes(self.model))
         self.optim.check_patterns(self.trainable_shapes())
         if self.comm.on_cpu and not self.train.deterministic:
@@ -312,7 +319,7 @@ class Recipe:
             parallel=self.parallel,
             optim=self.optim,
             layout=layout,
-            dtype=self.train.dtype,
+            dtype=self.train.stored_dtype,
             simulated=self.comm.backend == "simulated",
             global_batch=self.data.global_batch,
             micro_batch=self.train.micro_batch,
@@ -322,8 +329,10 @@ class Recipe:
 
     @property
     def variants(self) -> OperatorsConfig:
-        """The variants of operators: those that `operators` names and, with train.compile=true, generated ones of the others."""
-        return self.operators.generated() if self.train.compile is True else self.operators
+        """The variants of operators: those that `operators` names; of the others generated ones with train.compile=true, and linear
+        layers in float8 with train.dtype=float8."""
+        named = self.operators.in_float8() if self.train.dtype == "float8" else self.operators
+        return named.generated() if self.train.compile is True else named
 
     @property
     def generates(self) -> bool:

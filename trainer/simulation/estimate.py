@@ -31,7 +31,6 @@ from bagualu.trainer.costs.state import part_of, rank_parameters
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.passes import Division, LayerKind, LayerPasses, LayerTraces, kind_of_layer, pass_cost
-from bagualu.trainer.simulation.setting import in_trained_dtype
 
 OperatorSeconds = Callable[[Chip, Operator], float]
 _CALLS = {"send": "p2p", "receive": "p2p", "barrier": "all_reduce"}
@@ -100,8 +99,7 @@ class StepEstimator:
     def __init__(self, recipe: Recipe, cluster: Cluster, world: int, traces: LayerTraces, seconds: OperatorSeconds) -> None:
         self.recipe, self.cluster, self.world = recipe, cluster, world
         self._traces, self._operator_seconds = traces, cache(lambda part, operator: seconds(self._chip(part), operator))
-        self._trained = in_trained_dtype(recipe)
-        work = work_of(self._trained, Layout())
+        work = work_of(recipe, Layout())
         self._item_bytes, self._wide_bytes = work.item_bytes, work.accurate_bytes
         self.passes = cache(self._passes)
         self._alike: dict[tuple[int, ...], Block] = {}
@@ -284,7 +282,7 @@ class StepEstimator:
     def _holding(self, unit: LayerKind, tensor: int, expert: int) -> Holding:
         """Returns the elements that a rank holds of a layer of this kind, the embedding or the head."""
         model = self.recipe.model
-        work = work_of(self._trained, Layout(data=expert, tensor=tensor, expert=expert))
+        work = work_of(self.recipe, Layout(data=expert, tensor=tensor, expert=expert))
         every = ((layer, part) for layer in range(model.layers) for part in LayerPart)
         found = next((one for one in every if kind_of_layer(model, *one) is unit), None)
         elements = Counter[str]()

@@ -126,7 +126,7 @@ def graph_of(recipe: Recipe, world: int, how: Traced) -> tuple[fx.Graph, RankTra
     made: list[StepGraph] = []
 
     def graphed(tracer: Tracer) -> StepGraph:
-        made.append(StepGraph(tracer.chip, tracer.linear_products, lambda: (len(tracer.sections), tracer.calls)))
+        made.append(StepGraph(tracer, lambda: (len(tracer.sections), tracer.calls)))
         return made[0]
 
     traced = trace(changed(recipe, {"train.compile": True}), world, 0, how, graphed=graphed)

@@ -24,7 +24,6 @@ from bagualu.trainer.simulation.estimate import Block, StepEstimator
 from bagualu.trainer.simulation.fitting_split import fitting_split
 from bagualu.trainer.simulation.passes import Division, LayerKind, LayerPasses, kind_of_layer
 from bagualu.trainer.simulation.predict import Prediction
-from bagualu.trainer.simulation.setting import in_trained_dtype
 
 _ALIKE = 0.02
 """Layers are divided unevenly only if the slowest rank of an even division takes longer than the mean by more than this part."""
@@ -59,7 +58,7 @@ class LayoutCosts:
         return self._estimator.estimate(layout)
 
     def need(self, layout: PlannedLayout) -> Need | None:
-        recipe = in_trained_dtype(self.recipe_of(layout))
+        recipe = self.recipe_of(layout)
         try:
             found = memories(recipe, recipe.validate(self._estimator.world))
         except RecipeError as error:
@@ -75,7 +74,7 @@ class LayoutCosts:
             return None
         if (need := self.need(layout)) is None or need.filled > 1:
             return None
-        recipe, blocks = in_trained_dtype(self.recipe_of(layout)), self._estimator.blocks(layout.degrees.pipeline)
+        recipe, blocks = self.recipe_of(layout), self._estimator.blocks(layout.degrees.pipeline)
         plain = replace(layout, recompute="none")
         limits = memory_caps(recipe.parallel.memory_bytes, len(blocks)) or [block.memory_bytes for block in blocks]
         limits = [min(limit, block.memory_bytes) for limit, block in zip(limits, blocks, strict=True)]

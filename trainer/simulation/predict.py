@@ -18,7 +18,7 @@ from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.loads import Shares
 from bagualu.trainer.simulation.results import Results
 from bagualu.trainer.simulation.roles import trace_world
-from bagualu.trainer.simulation.setting import chip_type, in_trained_dtype, on_cluster
+from bagualu.trainer.simulation.setting import chip_type, on_cluster
 from bagualu.trainer.simulation.trace import Traced
 
 Spans: TypeAlias = Literal["calls", "operators"] | None
@@ -135,7 +135,7 @@ def predict(
     """
     cluster = cluster.for_world(world)
     recipe = on_cluster(recipe, cluster)
-    layout = in_trained_dtype(recipe).validate(world)
+    layout = recipe.validate(world)
     peaks = sum((part.devices or 0) * part.chip.peak(recipe.train.dtype) for part in cluster.parts)
     roles = trace_world(recipe, world, Traced(chip=chip_type(cluster), shares=shares, results=results or Results()))
 

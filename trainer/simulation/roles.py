@@ -22,7 +22,7 @@ from bagualu.trainer.costs.plan_split import plan_split
 from bagualu.trainer.models.decoder.shapes import layer_buffers, layer_shapes
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.loads import by_layer, distinct, in_classes
-from bagualu.trainer.simulation.trace import Traced, in_float8, schedule_of, trace, traceable
+from bagualu.trainer.simulation.trace import Traced, schedule_of, trace, traceable
 
 Part: TypeAlias = "tuple[object, ...]"
 """What determines the passes of a pipeline rank."""
@@ -47,7 +47,7 @@ class Fold:
 def trace_world(recipe: Recipe, world: int, how: Traced | None = None) -> list[Role]:
     """Traces the step of every rank of a world of `world` ranks: returns a role for each pipeline coordinate and each class of the
     fold. Raises RecipeError if the recipe is wrong for that world or cannot be traced."""
-    recipe, how = traceable(recipe), in_float8(recipe, how or Traced())
+    recipe, how = traceable(recipe), how or Traced()
     layout = recipe.validate(world)
     how = replace(how, shares=in_classes(by_layer(how.shares, recipe.model), layout.expert))
     classes = folds(recipe, layout, how)

@@ -10,7 +10,7 @@ from bagualu.parallel.config import ENGINES
 from bagualu.parallel.planner.layouts import KEYS, SearchSpace, degrees, layouts
 from bagualu.trainer.recipe.changed import changed, value_of
 from bagualu.trainer.recipe.config import CHOSEN, Recipe
-from bagualu.trainer.simulation.setting import in_trained_dtype, on_cluster
+from bagualu.trainer.simulation.setting import on_cluster
 
 _NO_CHOICE = {"parallel.data": None, "parallel.virtual_stages": None, "parallel.zero": None, "parallel.shares": None}
 """Values that leave the choice open."""
@@ -32,7 +32,7 @@ def search_space(recipe: Recipe, cluster: Cluster, world: int, given: Iterable[s
         return space
     fixed = {key: value_of(recipe, key) for key in space.fixed}
     if fixed:
-        in_trained_dtype(changed(recipe, _PLAIN | fixed)).validate(world)  # says which of these keys is at fault, if one is alone
+        changed(recipe, _PLAIN | fixed).validate(world)  # says which of these keys is at fault, if one is alone
     keys = f" with {' '.join(f'{key}={value}' for key, value in fixed.items())}" if fixed else ""
     near = [other for distance in range(1, _NEAR) for other in (world - distance, world + distance) if other > 0]
     works = next((other for other in near if _some(_space(recipe, cluster, other, given))), None)

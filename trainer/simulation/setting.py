@@ -4,21 +4,13 @@ from dataclasses import replace
 
 from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Cluster
-from bagualu.trainer.recipe.config import PREDICTED_DTYPE, Recipe
+from bagualu.trainer.recipe.config import Recipe
 
 
 def on_cluster(recipe: Recipe, cluster: Cluster) -> Recipe:
     """Returns the recipe with the backend of the cluster's devices; the recipe's own is for the machine where it was written."""
     backend = "gloo" if chip_type(cluster) == "cpu" else "nccl"
     return replace(recipe, comm=replace(recipe.comm, backend=backend, device="cpu"))
-
-
-def in_trained_dtype(recipe: Recipe) -> Recipe:
-    """Returns the recipe with a dtype that training knows: its weights, gradients and activations are those of bfloat16 if some of
-    its products are in float8."""
-    if recipe.train.dtype != PREDICTED_DTYPE:
-        return recipe
-    return replace(recipe, train=replace(recipe.train, dtype="bfloat16"))
 
 
 def chip_type(cluster: Cluster) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -47,6 +47,15 @@ class OperatorCall:
     """Whether the result is complete only after the whole loop, as a sum over rows is."""
 
 
+class Around(Protocol):
+    """What operators ask the dispatch mode around them (parallel/precision.py)."""
+
+    chip: str
+
+    def linear_products(self) -> AbstractContextManager[Any]: ...
+    def float8_products(self) -> AbstractContextManager[Any]: ...
+
+
 class StepGraph(TorchDispatchMode):
     """Within this context, adds each operator of the thread to `graph`.
 
@@ -55,14 +64,13 @@ class StepGraph(TorchDispatchMode):
     operator.
     """
 
-    def __init__(
-        self, chip: str, linear_products: Callable[[], AbstractContextManager[Any]], place: Callable[[], Hashable]
-    ) -> None:
-        """`chip` and `linear_products`: those of the mode around this one, for which it stands. `place` returns which part of the
+    def __init__(self, around: Around, place: Callable[[], Hashable]) -> None:
+        """`around`: the mode around this one, for which it stands. `place` returns which part of the
         step runs, of those that communications divide."""
         super().__init__()
         self.graph = fx.Graph()
-        self.chip, self.linear_products, self._place = chip, linear_products, place
+        self.chip, self._place = around.chip, place
+        self.linear_products, self.float8_products = around.linear_products, around.float8_products
         self._operators = Operators()
         self._storages: dict[int, _Storage] = {}
         """By address. A storage is kept, so that no other gets its address."""

@@ -38,7 +38,7 @@ from bagualu.trainer.data.config import RANDOM
 from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.operators.kernel import Kernel
-from bagualu.trainer.recipe.config import PREDICTED_DTYPE, Recipe
+from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.flops import factors_of
 from bagualu.trainer.simulation.loads import Shares, by_layer, give
 from bagualu.trainer.simulation.operators import Operators, computes, converted, generated, tensors_in
@@ -50,11 +50,10 @@ class Tracer(TorchDispatchMode):
     """Within this context, writes down the operators of the thread, and the memory of its tensors on the meta device. `chip` is the
     type of the device for which these stand (`precision.chip_of`)."""
 
-    def __init__(self, chip: str, float8: bool, results: Results) -> None:
-        """`float8`: whether products of linear layers with factors in bfloat16 stand for products in float8. `results`: those of
-        operators that other traces have run."""
+    def __init__(self, chip: str, results: Results) -> None:
+        """`results`: those of operators that other traces have run."""
         super().__init__()
-        self.chip, self._float8 = chip, float8
+        self.chip = chip
         self.sections: list[Section] = [Section("start", None)]
         self.kinds: list[str] = []
         self._phase = "start"
@@ -68,6 +67,8 @@ class Tracer(TorchDispatchMode):
         self._converted: dict[tuple[int, int, int], int] | None = None
         """Within the products of a linear layer, the blocks of memory of factors in float8, by the block of the factor in bfloat16,
         its offset and size."""
+        self._float8 = False
+        """Whether products stand for products in float8."""
         self._in_one_kernel = False
         self.calls = 0
         """How many communications there were."""
@@ -106,8 +107,9 @@ class Tracer(TorchDispatchMode):
 
     @contextmanager
     def linear_products(self) -> Iterator[None]:
-        """See `precision.linear_products`. Each factor is converted to float8 once within this context, by a kernel of its own."""
-        if not self._float8 or self._converted is not None:
+        """See `precision.linear_products`. Each factor of products in float8 is converted once within this context, by a kernel of
+        its own. The outermost counts."""
+        if self._converted is not None:
             yield
             return
         self._converted = {}
@@ -118,11 +120,21 @@ class Tracer(TorchDispatchMode):
                 self._write(Free(block, size))
             self._converted = None
 
+    @contextmanager
+    def float8_products(self) -> Iterator[None]:
+        """See `precision.float8_products`."""
+        self._float8 = True
+        try:
+            yield
+        finally:
+            self._float8 = False
+
     def _convert(self, func: Any, args: Sequence[Any]) -> list[Tensor]:
-        """Returns the factors of a product of a linear layer that stand for tensors in float8; [] outside `linear_products`. Writes
-        down the kernels that make those that there are not yet."""
-        if self._converted is None:
+        """Returns the factors of a product that stand for tensors in float8; [] outside `float8_products`. Writes down the kernels
+        that make those that there are not yet."""
+        if not self._float8:
             return []
+        assert self._converted is not None, "a product in float8 is that of a linear layer"
         factors = [tensor for tensor in factors_of(func, args) if tensor.dtype == torch.bfloat16]
         for factor in factors:
             key = self._blocks[id(factor.untyped_storage())][0], int(factor.storage_offset()), factor.numel()
@@ -248,10 +260,6 @@ class Traced:
     """Makes the state that is traced."""
     results: Results = field(default_factory=Results, compare=False)
     """The results of operators. Traces that share them run equal operators only once."""
-    float8: bool = False
-    """Whether matrix products of linear layers, with their gradients, are in float8; train.dtype=float8 implies it. Each operand is
-    converted by a kernel of its own. All else is as with bfloat16: attention, norms, routers, the head with the loss, what is saved
-    for backward passes, communication and master weights."""
 
 
 def without_values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
@@ -260,9 +268,8 @@ def without_values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
 
 
 def traceable(recipe: Recipe) -> Recipe:
-    """Returns the recipe as it is traced: without text and the guard's periodic checks, with parallel.engine=fsdp as ZeRO-3 of the
-    native engine, and with train.dtype=float8 as bfloat16, from which `in_float8` tells the difference. Raises RecipeError for what
-    cannot be traced."""
+    """Returns the recipe as it is traced: without text and the guard's periodic checks, and with parallel.engine=fsdp as ZeRO-3 of
+    the native engine. Raises RecipeError for what cannot be traced."""
     parallel = recipe.parallel
     if parallel.engine == "deepspeed":
         raise RecipeError("parallel.engine=deepspeed cannot be simulated; give parallel.engine=native parallel.zero="
@@ -279,13 +286,7 @@ def traceable(recipe: Recipe) -> Recipe:
     if parallel.engine == "fsdp":
         parallel = replace(parallel, engine="native", zero=3, shard=None)
     guard = replace(recipe.guard, check_every=0, audit_every=0, leave_out=[])
-    train = replace(recipe.train, dtype="bfloat16") if recipe.train.dtype == PREDICTED_DTYPE else recipe.train
-    return replace(recipe, parallel=parallel, guard=guard, train=train, data=recipe.data.without_text())
-
-
-def in_float8(recipe: Recipe, how: Traced) -> Traced:
-    """Returns `how`, with float8 if the recipe asks for it."""
-    return replace(how, float8=how.float8 or recipe.train.dtype == PREDICTED_DTYPE)
+    return replace(recipe, parallel=parallel, guard=guard, data=recipe.data.without_text())
 
 
 def trace(
@@ -303,8 +304,8 @@ def trace(
     as many micro-batches as the recipe gives it; by default its part of the schedule. `graphed`: makes a context around the traced
     step. Raises RecipeError if the recipe is wrong for that world or cannot be traced.
     """
-    recipe, how = traceable(recipe), in_float8(recipe, how or Traced())
-    tracer = Tracer(how.chip, how.float8, how.results)
+    recipe, how = traceable(recipe), how or Traced()
+    tracer = Tracer(how.chip, how.results)
     backend = RecordingBackend(World(rank, world, rank), 1.0, write=tracer.call)
     monitor = Monitor()
     communicator = Communicator(backend, backend.world, monitor)

@@ -14,7 +14,7 @@ from bagualu.comm.errors import RecipeError
 from bagualu.comm.topology import Cluster
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.recipe.compose import compose
-from bagualu.trainer.recipe.config import PREDICTED_DTYPE, Recipe
+from bagualu.trainer.recipe.config import Recipe
 
 from .families import KERNELS, Framework, Unknown, family_of, framework_of
 from .rows import Row
@@ -73,7 +73,7 @@ def describe(row: Row) -> Run:
     cluster = cluster_of(row).for_world(world)
     try:
         recipe = _with_keys(words)
-        _as_trained(recipe).validate(world)
+        recipe.validate(world)
     except RecipeError as error:
         raise Unknown(f"the recipe is refused: {error}") from error
     _check_parameters(row, recipe)
@@ -109,13 +109,6 @@ def _with_keys(words: Sequence[str]) -> Recipe:
             raise AttributeError(f"{path} is no key of a recipe")
         setattr(section, key, yaml.safe_load(value))
     return recipe
-
-
-def _as_trained(recipe: Recipe) -> Recipe:
-    """Returns the recipe in a dtype that training knows."""
-    if recipe.train.dtype != PREDICTED_DTYPE:
-        return recipe
-    return replace(recipe, train=replace(recipe.train, dtype="bfloat16"))
 
 
 def cluster_of(row: Row) -> Cluster:

@@ -21,6 +21,7 @@ from bagualu.trainer.models.decoder.lora import LoraConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.operators.config import OperatorsConfig
 from bagualu.trainer.operators.panels import products_in_panels
+from bagualu.trainer.operators.registry import FLOAT8
 from tests.covering import every_choice, in_turns
 from tests.trainer.models.styles import STYLES
 
@@ -82,6 +83,21 @@ def test_bytes_held_with_products_in_panels_are_those_that_shapes_give(
     multiplies(False)
     here = replace(work(dtype, layout, 40, style), operators=OperatorsConfig(linear="panels"))
     assert_held_bytes(here)
+
+
+@every_choice(
+    style=list(STYLES),
+    variant=list(FLOAT8),
+    layout=[Layout(), Layout(data=2, tensor=2, expert=2)],
+    ffn=[96, 640],  # attention needs the most memory, or the feed-forward
+    half_products=[True, False],
+)
+def test_bytes_held_with_products_in_float8_are_those_that_shapes_give(
+    variant: str, layout: Layout, style: str, ffn: int, half_products: bool, multiplies: Callable[[bool], None]
+) -> None:
+    multiplies(half_products)
+    here = work("bfloat16", layout, 40, style)
+    assert_held_bytes(replace(here, operators=OperatorsConfig(linear=variant), model=replace(here.model, ffn=ffn)))
 
 
 @pytest.mark.parametrize(("dtype", "half_products"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])

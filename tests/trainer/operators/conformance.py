@@ -16,8 +16,10 @@ from bagualu.parallel.products import Products
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.models.activations import run
 from bagualu.trainer.operators.documents import document_mask
+from bagualu.trainer.operators.float8 import ProductsInFloat8
 
 Variant = Callable[..., Any]
+MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 ERRORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 """By dtype, the largest error of a result or a gradient relative to it, in the Euclidean norm: of 16 bits, a few roundings."""
 
@@ -227,6 +229,14 @@ def _in_columns(x: torch.Tensor) -> torch.Tensor:
     return x.T.clone(memory_format=torch.contiguous_format).T
 
 
+def float8_error(left: torch.dtype, right: torch.dtype) -> float:
+    """The largest relative error, in the Euclidean norm, of a product of many numbers that were rounded to float8. Rounding one to
+    m bits of mantissa is off by at most half of its last bit, 2^-(m+1) of the number, and by 2^-(m+1) / sqrt(3) in the root mean
+    square if errors are spread evenly. Those of the two factors are independent."""
+    squares = [2.0 ** (-2 * (MANTISSA_BITS[dtype] + 1)) / 3 for dtype in (left, right)]
+    return math.sqrt(sum(squares))
+
+
 def check_linear(products: Products, dtype: torch.dtype, device: torch.device) -> None:
     """The products of linear layers, alone and added to what is there, for many and few rows and for widths that tiles divide or do
     not; rows, weights and gradients may be parts of larger tensors."""
@@ -246,6 +256,10 @@ def check_linear(products: Products, dtype: torch.dtype, device: torch.device) -
         x, weight, columns = (one.to(device, dtype) for one in (x, weight, columns))
         x, columns = x[:, :inputs], columns[:, 8:]
         wide = accurate_dtype(dtype)
+        of_outputs = of_gradients = ERRORS[dtype]
+        if isinstance(products, ProductsInFloat8) and products.computes(dtype, rows, inputs, outputs):
+            of_outputs = float8_error(torch.float8_e4m3fn, torch.float8_e4m3fn)
+            of_gradients = float8_error(products.of_gradients, torch.float8_e4m3fn)
         bias, before = draw(outputs, seed=3).to(device, dtype), draw(rows, inputs, seed=4).to(device, dtype)
         total = draw(outputs, inputs, seed=5).to(device, wide)
         exact_x, exact_weight, exact_columns, exact_before = (one.cpu().double() for one in (x, weight, columns, before))
@@ -265,13 +279,13 @@ def check_linear(products: Products, dtype: torch.dtype, device: torch.device) -
             ("sum in columns", products.plus_input_gradient(_in_columns(before), columns, weight), exact_before + exact[1]),
         ):
             assert found.dtype == dtype, f"{name} in another dtype"
-            _assert_close(name, found, expected, ERRORS[dtype])
+            _assert_close(name, found, expected, of_outputs if name.startswith("output") else of_gradients)
         unrounded = products.outputs(products.operand(x, wide), weight, bias.to(wide), dtype=wide)
         assert unrounded.dtype == wide, "output in another dtype than asked for"
-        _assert_close("output that is not rounded", unrounded, exact[0] + bias.cpu().double(), ERRORS[dtype])
+        _assert_close("output that is not rounded", unrounded, exact[0] + bias.cpu().double(), of_outputs)
         for fresh, expected in ((False, total.cpu().double() + exact[2]), (True, exact[2])):
             products.add_weight_gradient(total, columns, x, fresh)
-            _assert_close(f"gradient of a weight, fresh: {fresh}", total, expected, ERRORS[dtype])
+            _assert_close(f"gradient of a weight, fresh: {fresh}", total, expected, of_gradients)
 
 
 TRIALS: dict[str, Callable[[], Iterator[Trial]]] = {

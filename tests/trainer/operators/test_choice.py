@@ -50,30 +50,33 @@ def test_without_times_each_kind_of_calls_has_its_usual_variant() -> None:
 
 
 def test_a_new_run_has_only_what_its_recipe_names() -> None:
-    assert kept(None, OperatorsConfig(), "cpu", "a chip") == ({}, [])
-    assert kept(None, OperatorsConfig(attention="blocks"), "cpu", "a chip") == ({"attention": Chosen("blocks", GIVEN)}, [])
+    assert kept(None, OperatorsConfig(), "cpu", "a chip", "float32") == ({}, [])
+    assert kept(None, OperatorsConfig(attention="blocks"), "cpu", "a chip", "float32") == (
+        {"attention": Chosen("blocks", GIVEN)},
+        [],
+    )
 
 
 def test_a_resumed_run_keeps_what_it_has_recorded() -> None:
-    assert kept(BEFORE, OperatorsConfig(), "cpu", "a chip") == (BEFORE.operators, [])
-    assert kept(BEFORE, OperatorsConfig(attention="blocks"), "cpu", "a chip") == (BEFORE.operators, [])
+    assert kept(BEFORE, OperatorsConfig(), "cpu", "a chip", "float32") == (BEFORE.operators, [])
+    assert kept(BEFORE, OperatorsConfig(attention="blocks"), "cpu", "a chip", "float32") == (BEFORE.operators, [])
 
 
 def test_a_variant_that_the_recipe_names_takes_the_place_of_the_recorded_one_and_is_said() -> None:
-    settled, remarks = kept(BEFORE, OperatorsConfig(attention="kernel"), "cpu", "a chip")
+    settled, remarks = kept(BEFORE, OperatorsConfig(attention="kernel"), "cpu", "a chip", "float32")
     assert settled == {**BEFORE.operators, "attention": Chosen("kernel", GIVEN)}
     assert remarks == ["operators.attention=kernel, as given; so far the run had blocks"]
 
 
 def test_another_chip_is_said_and_changes_nothing() -> None:
-    settled, (remark,) = kept(BEFORE, OperatorsConfig(), "cpu", "another chip")
+    settled, (remark,) = kept(BEFORE, OperatorsConfig(), "cpu", "another chip", "float32")
     assert settled == BEFORE.operators
     assert remark.startswith("the run chose its operators on a chip, is on another chip now and keeps operators.norm=eager")
     assert remark.endswith("operators.loss=eager, operators.linear=torch; name another to change it")
 
 
 def test_a_chip_without_the_recorded_variant_has_the_default() -> None:
-    settled, (first, second) = kept(BEFORE, OperatorsConfig(), "cuda", "a GPU")
+    settled, (first, second) = kept(BEFORE, OperatorsConfig(), "cuda", "a GPU", "float32")
     assert settled == USUAL_ONES
     assert first == "operators.attention=kernel: a GPU has no blocks, with which the run began"
     assert "attention" not in second
@@ -100,11 +103,11 @@ def test_a_damaged_record_is_said_to_be_one(tmp_path: Path, damage: str) -> None
 def test_a_model_is_computed_as_its_run_did_where_the_chip_can(tmp_path: Path) -> None:
     path = tmp_path / "operators.json"
     given = OperatorsConfig(norm="eager")
-    assert as_recorded(path, given, "cpu") == given
+    assert as_recorded(path, given, "cpu", "float32") == given
     path.write_text(json.dumps(BEFORE.to_json()))
-    assert as_recorded(path, given, "cpu") == BEFORE.as_config()
-    assert as_recorded(path, given, "cuda").attention == "kernel"
-    assert as_recorded(path, replace(given, attention="kernel"), "cpu").attention == "kernel"
+    assert as_recorded(path, given, "cpu", "float32") == BEFORE.as_config()
+    assert as_recorded(path, given, "cuda", "float32").attention == "kernel"
+    assert as_recorded(path, replace(given, attention="kernel"), "cpu", "float32").attention == "kernel"
 
 
 def test_a_model_needs_no_generated_kernels_after_its_run(tmp_path: Path) -> None:
@@ -112,4 +115,4 @@ def test_a_model_needs_no_generated_kernels_after_its_run(tmp_path: Path) -> Non
     path = tmp_path / "operators.json"
     generated = ChosenOperators("a chip", {**BEFORE.operators, "norm": Chosen("generated", GIVEN)})
     path.write_text(json.dumps(generated.to_json()))
-    assert as_recorded(path, OperatorsConfig(), "cpu") == replace(BEFORE.as_config(), norm=AUTO)
+    assert as_recorded(path, OperatorsConfig(), "cpu", "float32") == replace(BEFORE.as_config(), norm=AUTO)

@@ -74,7 +74,7 @@ def test_variants_are_those_of_the_chip() -> None:
 def test_what_this_package_has_is_found_without_searching_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """To search them takes as long as much of a small run's start."""
     monkeypatch.setattr(registry, "entry_points", lambda **_: pytest.fail("searched"))
-    OperatorsConfig("eager", "eager", "eager", "blocks", "eager").validate("cpu")
+    OperatorsConfig("eager", "eager", "eager", "blocks", "eager").validate("cpu", "float32")
     assert load_variant("attention", "blocks", "cpu") is attention_blocks
 
 
@@ -124,13 +124,13 @@ def test_a_mask_or_a_gpu_is_the_kernels() -> None:
 )
 def test_what_there_is_not_is_refused(config: OperatorsConfig, chip: str | None, said: str) -> None:
     with pytest.raises(RecipeError) as error:
-        config.validate(chip)
+        config.validate(chip, "float32")
     assert said in str(error.value)
 
 
 @pytest.mark.usefixtures("_vendor")
 def test_what_is_known_for_some_chip_is_not_refused_before_the_chip_is_known() -> None:
-    OperatorsConfig(attention="blocks", gate="narrow").validate(None)
+    OperatorsConfig(attention="blocks", gate="narrow").validate(None, "float32")
 
 
 @pytest.mark.usefixtures("_vendor")

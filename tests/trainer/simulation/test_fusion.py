@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 
@@ -19,8 +18,9 @@ from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.simulation.fusion import Chain, chains_of, fusion_of, graph_of
 from bagualu.trainer.simulation.gain import one_data_rank, over_layers, seconds_saved
+from bagualu.trainer.simulation.results import Results
 from bagualu.trainer.simulation.step_graph import StepGraph
-from bagualu.trainer.simulation.trace import Traced, trace
+from bagualu.trainer.simulation.trace import Traced, Tracer, trace
 from tests.parity import small_recipe
 
 ROWS, WIDTH = 8, 16
@@ -36,7 +36,7 @@ CPU = Chip(
 def chains(function: Callable[[Tensor], object], columns: int = WIDTH, place: Callable[[], int] = lambda: 0) -> list[Chain]:
     """The chains of a function of x [ROWS, columns]. `place`: as for `StepGraph`."""
     x = torch.empty(ROWS, columns, device="meta")
-    with StepGraph("cpu", nullcontext, place) as graph:
+    with StepGraph(Tracer("cpu", Results()), place) as graph:
         kept = function(x)
     del kept
     return chains_of(graph.graph)

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from bagualu.comm.calls import Communication, Pending, Waited
-from bagualu.comm.errors import RecipeError
 from bagualu.comm.group import Communicator
 from bagualu.comm.recording import RecordingBackend
 from bagualu.comm.world import World
@@ -273,8 +272,3 @@ def test_weights_of_a_bucket_are_gathered_while_the_next_is_updated() -> None:
     for gather, following in pairwise(gathers):
         assert [index for index in updates if gather < index < following], "nothing is updated between two gathers"
     assert min(waits) > max(gathers[-1], *updates)
-
-
-def test_float8_is_refused_in_training() -> None:
-    with pytest.raises(RecipeError, match="can be predicted but not trained; give train"):
-        recipe_of("recipe=tiny_dense", "train.dtype=float8").validate(1)

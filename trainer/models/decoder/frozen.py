@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bagualu.parallel.precision import accurate_dtype
+from bagualu.trainer.models.decoder.adapted import AdaptedModule
 from bagualu.trainer.models.decoder.layers import Attention, FeedForward, FrozenLayers, LayerNorm, Linear, RMSNorm
 from bagualu.trainer.models.decoder.model import Embedding, Head
 from bagualu.trainer.operators.packed import can_pack, pack
@@ -18,10 +19,12 @@ from bagualu.trainer.operators.packed import can_pack, pack
 @torch.no_grad()
 def freeze(model: nn.Module) -> None:
     """Joins and packs the weights of the linear layers of `model`, a decoder or some of its layers, without low-rank factors. It
-    can then compute logits without gradients, and nothing else. The weights take as much memory as before; a head that is tied to
-    the embedding has a copy of its own."""
+    can then compute logits without gradients, and nothing else; products are not in float8 any more. The weights take as much
+    memory as before; a head that is tied to the embedding has a copy of its own."""
     tied = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
     for module in model.modules():
+        if isinstance(module, AdaptedModule):
+            module.products = module.products.without_float8
         if isinstance(module, Attention):
             _freeze(module.query, module.key, module.value)
             _freeze(module.output)

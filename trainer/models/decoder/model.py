@@ -69,7 +69,9 @@ class Head(Linear):
     def __init__(self, vocabulary: int, hidden: int, real: int, operators: OperatorSet = BY_RULE) -> None:
         super().__init__(hidden, vocabulary)
         self.real = real
-        self.loss = partial(linear_cross_entropy, vocabulary=real, chunk_loss=operators.loss, products=operators.linear)
+        self.loss = partial(
+            linear_cross_entropy, vocabulary=real, chunk_loss=operators.loss, products=operators.linear.without_float8
+        )
         self.columns = slice(None)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
