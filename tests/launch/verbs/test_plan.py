@@ -211,7 +211,7 @@ def test_every_word_of_the_text_is_explained(capsys):
     code, printed = run(capsys, *WORDS, *KEPT, "cluster=h100", "world=8", "top=3")
     assert code == 0
     lines = printed.out.splitlines()
-    parts = {part for line in lines for part in re.findall(r"(?:^|  |, )([a-z ]+?) \+[\d.e-]+ s", line)}
+    parts = {part for line in lines for part in re.findall(r"(?:^|  |, )([a-z][a-z ]*?) \+[\d.e-]+ s", line)}
     assert parts
     assert {part for part in parts if not any(line.startswith(f"  {part} ") for line in lines)} == set()
     for word in ("MFU: ", "memory: ", "zero: ", "because of: "):
