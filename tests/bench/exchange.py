@@ -40,7 +40,8 @@ _CACHES = 2**23
 
 
 def calls(c: Communicator, kibibytes: int) -> dict[str, dict[str, Callable[[], Any]]]:
-    """By collective and way; each member gives so many KiB of bfloat16."""
+    """Returns what makes each call to time, by the collective's name and the way that it takes (WAYS). Each member gives
+    `kibibytes` KiB of bfloat16."""
     x = torch.zeros(kibibytes * 512, dtype=torch.bfloat16)
     whole, part = x.new_empty(c.size * x.numel()), x.new_empty(x.numel() // c.size)
     rows = x.view(-1, _WIDTH)

@@ -92,8 +92,8 @@ def test_subgroups() -> None:
 
 
 def all_to_all(c: Communicator, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Member i sends member j rows[i, j] rows of 128 elements of `x`, over and over; some of them are more than a slot has room
-    for, and some none."""
+    """Member i sends member j about rows[i, j] rows of 128 elements, which repeat `x`. Some members get none, and some more than
+    fits into shared memory."""
     rows = torch.where(rows % 5 == 0, 0, rows)
     sent, received = rows[c.rank].tolist(), rows[:, c.rank].tolist()
     given = x.repeat(3 * c.size)[: 128 * sum(sent)].view(-1, 128)

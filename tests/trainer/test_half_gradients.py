@@ -24,7 +24,8 @@ LARGEST_ERROR = 0.04
 
 
 def gradients(communicator: Communicator, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """By parameter, of the first step with weights that bfloat16 holds exactly, in float64 on the CPU."""
+    """Returns the gradients of the first step by the name of the parameter, in float64 on the CPU. The weights are rounded to
+    bfloat16 before, so that they are the same numbers in every dtype."""
     state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     for bucket in state.engine.buckets:
         bucket.weights.copy_(bucket.weights.bfloat16())
