@@ -29,7 +29,7 @@ def gradients(communicator: Communicator, recipe: Recipe) -> dict[str, torch.Ten
     state = assemble(recipe, communicator, prepare(recipe.data, recipe.model.vocab))
     for bucket in state.engine.buckets:
         bucket.weights.copy_(bucket.weights.bfloat16())
-    state.engine.optimizer.step = lambda lr, factor: None  # type: ignore[method-assign]
+    state.engine.optimizer.step = lambda lr, factor, updated: None  # type: ignore[method-assign]
     assert train_step(state, 0).committed
     return {
         entry.name: bucket.gradients[entry.start : entry.start + entry.parameter.numel()].double().cpu()
