@@ -37,8 +37,9 @@ from tests.trainer.models.reference import unfelt
 from tests.trainer.models.styles import STYLES
 from tests.trainer.recovery import test_resume
 from tests.trainer.states import load_state, save_state
-from tests.trainer.test_one_curve import BATCH, MODELS, STEPS, name_of
+from tests.trainer.test_one_curve import BATCH, MODELS, name_of
 
+STEPS = 3
 FROZEN = [{"pattern": name, "frozen": True} for name in ("embedding.weight", "layers.0.*", "layers.1.attention.*")]
 FSDP = {"engine": "fsdp", "bucket_bytes": 25 * 2**20}
 Case = tuple[str, dict[str, Any], dict[str, Any]]
