@@ -51,7 +51,8 @@ def runs(backend: str, recipe: Recipe, *args: Any) -> list[Ending]:
 
 def cases(first: int) -> list[Any]:
     """Faults on every layout, on threads; the rest of them on one layout, and some on processes too. Of the product of faults and
-    layouts every second case is slow, from the case `first` on, so that each fault, and each layout, has half of the others."""
+    layouts all but every third case is slow, from the case `first` on, so that each fault, and each layout, has a third of the
+    others."""
     found: list[tuple[str, str, Fault]] = []
     quick: list[tuple[str, str, Fault]] = []
     for number, (layout, changes) in enumerate(LAYOUTS.items(), first):
@@ -60,7 +61,7 @@ def cases(first: int) -> list[Any]:
         faults = [gradient("nan", rank=last), gradient(rank=last), Fault("exp_avg", rank=last), held]
         faults += [Fault("buffer", rank=last)] if layout == "expert" else []
         found += [("simulated", layout, fault) for fault in faults]
-        quick += [("simulated", layout, fault) for fault in faults[number % 2 :: 2]]
+        quick += [("simulated", layout, fault) for fault in faults[number % 3 :: 3]]
         found += (processes := [("gloo", layout, fault) for fault in faults[1::2] if layout in GLOO])
         quick += processes[number % 2 :: 2]
     more = [gradient("huge"), reduced("nan"), reduced(), Fault("weight", rank=0), Fault("exp_avg_sq", "nan"), Fault("copy", "nan")]
