@@ -59,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("untimed")
     os.environ.setdefault(environment.CUBLAS, environment.REPEATABLE[0])  # as a worker's launcher does
     torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
+    gc.set_threshold(harness.OBJECTS)
 
 
 class _Lanes(LoadScopeScheduling):

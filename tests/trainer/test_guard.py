@@ -187,7 +187,11 @@ SPIKED = {"train__steps": 16, "optim__lr": 0.05, "guard__audit_every": 0, "check
 
 @pytest.mark.parametrize(
     ("policy", "layout"),
-    [("skip", "data"), *(("rollback", layout) for layout in ("data", "tensor", "pipeline", "expert"))],
+    [
+        ("skip", "data"),
+        *(("rollback", layout) for layout in ("pipeline", "expert")),
+        *(pytest.param("rollback", layout, marks=pytest.mark.slow) for layout in ("data", "tensor")),
+    ],
 )
 def test_a_loss_spike_by_a_corrupted_sample_is_not_learnt_from(tmp_path: Path, layout: str, policy: str) -> None:
     spiked = {**SPIKED, "data__global_batch": 8 if layout == "data" else 4}  # and the rest of the batch hides it more
@@ -212,7 +216,9 @@ QUICK: dict[str, dict[str, Any]] = {
 """Settings with which each optimizer soon knows what is learnable."""
 
 
-@pytest.mark.parametrize(("optimizer", "layout"), [("sgd", "sharded"), ("muon", "gathered"), ("lion", "replicated")])
+@pytest.mark.parametrize(
+    ("optimizer", "layout"), [("sgd", "sharded"), ("muon", "gathered"), pytest.param("lion", "replicated", marks=pytest.mark.slow)]
+)
 def test_every_optimizer_leaves_out_what_is_not_finite_and_what_spikes(tmp_path: Path, optimizer: str, layout: str) -> None:
     """Moments and weights are to the bit those of a run that was told to leave the step out."""
     by = {"optim__name": optimizer}

@@ -443,7 +443,7 @@ def recipes(draw: st.DrawFn) -> tuple[str, Recipe]:
 drawing = functools.partial(settings, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@drawing(max_examples=8)
+@drawing(max_examples=5)
 @given(recipes())
 def test_any_valid_layout_trains_the_same_curve(drawn: tuple[str, Recipe]) -> None:
     assert_trains_the_same_curve(*drawn)
