@@ -59,9 +59,9 @@ def cases(first: int) -> list[Any]:
         last = small_recipe(**changes).world_size() - 1
         held = Fault("exp_avg_sq") if layout == "replicated" else Fault("copy", rank=last)
         faults = [gradient("nan", rank=last), gradient(rank=last), Fault("exp_avg", rank=last), held]
-        faults += [Fault("buffer", rank=last)] if layout == "expert" else []
-        found += [("simulated", layout, fault) for fault in faults]
-        quick += [("simulated", layout, fault) for fault in faults[number % 3 :: 3]]
+        only = [Fault("buffer", rank=last)] if layout == "expert" else []
+        found += [("simulated", layout, fault) for fault in [*faults, *only]]
+        quick += [("simulated", layout, fault) for fault in [*faults[number % 3 :: 3], *only]]
         found += (processes := [("gloo", layout, fault) for fault in faults[1::2] if layout in GLOO])
         quick += processes[number % 2 :: 2]
     more = [gradient("huge"), reduced("nan"), reduced(), Fault("weight", rank=0), Fault("exp_avg_sq", "nan"), Fault("copy", "nan")]
