@@ -52,6 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # So that not each of hundreds of processes compiles all that it imports; and nothing is written beside the sources.
         folder = tempfile.mkdtemp(prefix="bagualu-bytecode-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: setattr(sys, "dont_write_bytecode", True))  # first: the last cleanup that is added runs first
         os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = folder
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         sys.dont_write_bytecode = False
