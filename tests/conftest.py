@@ -4,6 +4,7 @@ test that writes into the folder that it was started in is an error. What must n
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,10 +48,19 @@ def pytest_configure(config: pytest.Config) -> None:
         # Every save waits for the disk several times over, and a rented disk answers when it likes.
         config.option.basetemp = tempfile.mkdtemp(prefix="bagualu-tests-", dir=MEMORY)
         config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
+    if sys.dont_write_bytecode and not sys.pycache_prefix:
+        # So that not each of hundreds of processes compiles all that it imports; and nothing is written beside the sources.
+        folder = tempfile.mkdtemp(prefix="bagualu-bytecode-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: setattr(sys, "dont_write_bytecode", True))  # first: the last cleanup that is added runs first
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = folder
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        sys.dont_write_bytecode = False
     hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("untimed")
     os.environ.setdefault(environment.CUBLAS, environment.REPEATABLE[0])  # as a worker's launcher does
     torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
+    gc.set_threshold(harness.OBJECTS)
 
 
 class _Lanes(LoadScopeScheduling):

@@ -83,7 +83,11 @@ class RankTrace:
 
     def flops(self) -> int:
         """Returns the FLOPs of the step on this rank, with those of recomputation."""
-        return sum(operator.flops for operator in self.operators())
+        sizes: dict[int, int] = {}
+        for section in self.sections:
+            if (shared := id(section.events)) not in sizes:
+                sizes[shared] = sum(event.flops for event in section.events if isinstance(event, Operator))
+        return sum(sizes[id(section.events)] for section in self.sections)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ class Run:
         """`cold`: with nothing imported yet, as people start it; `module`: whose `main` is run, where it is not."""
         self.folder = folder / "run"
         steps = [] if any("train.steps=" in word for word in overrides) else ["train.steps=100000"]
-        words = ["train", "recipe=tiny", f"run.dir={self.folder}", *steps, *overrides]
+        # Whether to generate kernels for so many steps is found out by tracing the model, which takes seconds.
+        functions = [] if any("train.compile=" in word for word in overrides) else ["train.compile=false"]
+        words = ["train", "recipe=tiny", f"run.dir={self.folder}", *steps, *functions, *overrides]
         own = {**environment, "PYTHONPATH": PATHS}
         self.process: subprocess.Popen[str]
         if cold or sys.platform != "linux":

@@ -48,7 +48,7 @@ def die(case: str, folder: Path, leftovers: Leftovers, patience: str) -> tuple[d
 @pytest.mark.parametrize(
     ("case", "cause"),
     [
-        ("0-connecting-all", STORE),
+        pytest.param("0-connecting-all", STORE, marks=SLOW),  # test_node.py has it within one machine
         pytest.param("2-connecting-all", NOBODY, marks=SLOW),
         pytest.param("0-connecting-agent", STORE, marks=SLOW),
         pytest.param("0-training-all", STORE, marks=SLOW),

@@ -56,7 +56,9 @@ def test_a_command_without_streams_keeps_its_exit_code_and_opens_no_file_as_a_st
     assert (tmp_path / "picture.svg").read_bytes().startswith(b"<?xml")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "cp037"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(one, marks=pytest.mark.slow) for one in ("latin-1", "cp1252")), "cp037"]
+)
 def test_a_recipe_is_printed_and_refused_in_any_encoding(leftovers, encoding):
     def printed(*words):
         done = command(leftovers, "train", *words, capture_output=True, environment={"PYTHONIOENCODING": encoding})

@@ -34,7 +34,9 @@ def lines_of(endings: list[Ending], key: str) -> dict[int, Any]:
     return {line["step"]: line[key] for line in endings[0].lines if key in line}
 
 
-@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "expert"])
+@pytest.mark.parametrize(
+    "layout", ["data", *(pytest.param(one, marks=pytest.mark.slow) for one in ("tensor", "pipeline")), "expert"]
+)
 def test_samples_that_stand_out_are_deferred_and_learnt_from_later(tmp_path: Path, layout: str) -> None:
     found = runs("simulated", recipe(tmp_path, layout), None, Learnable)
     assert found[0].error == ""
@@ -51,7 +53,9 @@ def test_until_then_the_run_is_the_one_without_them(tmp_path: Path) -> None:
     assert (found[0].guard["skipped_steps"], left_out_steps(found), left_out_steps(other)) == ([BAD], 1, 1)
 
 
-@pytest.mark.parametrize("stops", [(BAD,), (BAD - 1, BAD + 2, LATE), (LATE - 1,)])
+@pytest.mark.parametrize(
+    "stops", [(BAD - 1, BAD + 2, LATE), *(pytest.param(one, marks=pytest.mark.slow) for one in ((BAD,), (LATE - 1,)))]
+)
 def test_a_resumed_run_uses_them_alike(tmp_path: Path, stops: tuple[int, ...]) -> None:
     straight = runs("simulated", recipe(tmp_path / "straight"), None, Learnable)
     pieces = recipe(tmp_path / "pieces")

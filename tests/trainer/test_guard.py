@@ -51,16 +51,17 @@ def runs(backend: str, recipe: Recipe, *args: Any) -> list[Ending]:
 
 def cases(first: int) -> list[Any]:
     """Faults on every layout, on threads; the rest of them on one layout, and some on processes too. Of the product of faults and
-    layouts every second case is slow, from the case `first` on, so that each fault, and each layout, has half of the others."""
+    layouts all but every third case is slow, from the case `first` on, so that each fault, and each layout, has a third of the
+    others."""
     found: list[tuple[str, str, Fault]] = []
     quick: list[tuple[str, str, Fault]] = []
     for number, (layout, changes) in enumerate(LAYOUTS.items(), first):
         last = small_recipe(**changes).world_size() - 1
         held = Fault("exp_avg_sq") if layout == "replicated" else Fault("copy", rank=last)
         faults = [gradient("nan", rank=last), gradient(rank=last), Fault("exp_avg", rank=last), held]
-        faults += [Fault("buffer", rank=last)] if layout == "expert" else []
-        found += [("simulated", layout, fault) for fault in faults]
-        quick += [("simulated", layout, fault) for fault in faults[number % 2 :: 2]]
+        only = [Fault("buffer", rank=last)] if layout == "expert" else []
+        found += [("simulated", layout, fault) for fault in [*faults, *only]]
+        quick += [("simulated", layout, fault) for fault in [*faults[number % 3 :: 3], *only]]
         found += (processes := [("gloo", layout, fault) for fault in faults[1::2] if layout in GLOO])
         quick += processes[number % 2 :: 2]
     more = [gradient("huge"), reduced("nan"), reduced(), Fault("weight", rank=0), Fault("exp_avg_sq", "nan"), Fault("copy", "nan")]
@@ -186,7 +187,11 @@ SPIKED = {"train__steps": 16, "optim__lr": 0.05, "guard__audit_every": 0, "check
 
 @pytest.mark.parametrize(
     ("policy", "layout"),
-    [("skip", "data"), *(("rollback", layout) for layout in ("data", "tensor", "pipeline", "expert"))],
+    [
+        ("skip", "data"),
+        *(("rollback", layout) for layout in ("pipeline", "expert")),
+        *(pytest.param("rollback", layout, marks=pytest.mark.slow) for layout in ("data", "tensor")),
+    ],
 )
 def test_a_loss_spike_by_a_corrupted_sample_is_not_learnt_from(tmp_path: Path, layout: str, policy: str) -> None:
     spiked = {**SPIKED, "data__global_batch": 8 if layout == "data" else 4}  # and the rest of the batch hides it more
@@ -211,7 +216,9 @@ QUICK: dict[str, dict[str, Any]] = {
 """Settings with which each optimizer soon knows what is learnable."""
 
 
-@pytest.mark.parametrize(("optimizer", "layout"), [("sgd", "sharded"), ("muon", "gathered"), ("lion", "replicated")])
+@pytest.mark.parametrize(
+    ("optimizer", "layout"), [("sgd", "sharded"), ("muon", "gathered"), pytest.param("lion", "replicated", marks=pytest.mark.slow)]
+)
 def test_every_optimizer_leaves_out_what_is_not_finite_and_what_spikes(tmp_path: Path, optimizer: str, layout: str) -> None:
     """Moments and weights are to the bit those of a run that was told to leave the step out."""
     by = {"optim__name": optimizer}

@@ -145,10 +145,10 @@ DEEPSPEED = {"engine": "deepspeed", "data": 2}
 PROCESSES: list[tuple[str, dict[str, Any]]] = [
     ("moe", {**FSDP, "data": 2, "expert": 2, "tensor": 2}),
     ("moe", {**DEEPSPEED, "zero": 1, "pipeline": 2, "schedule": "interleaved_1f1b"}),
-    ("moe", {**DEEPSPEED, "zero": 2, "expert": 2, "tensor": 2, "sequence": True}),
     ("dense", {**DEEPSPEED, "zero": 3, "tensor": 2}),
 ]
 MORE_PROCESSES: list[tuple[str, dict[str, Any]]] = [
+    ("moe", {**DEEPSPEED, "zero": 2, "expert": 2, "tensor": 2, "sequence": True}),
     ("moe", {**FSDP, "data": 4, "expert": 2, "shard": 2}),
     ("tied", {**FSDP, "data": 2, "pipeline": 2, "schedule": "gpipe"}),
     ("last", {**FSDP, "data": 2, "pipeline": 2}),

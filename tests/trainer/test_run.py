@@ -30,7 +30,7 @@ from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.recovery.saving import take_checkpoints
 from bagualu.trainer.step import StepResult, train_step
 from tests.conftest import Undisturbed
-from tests.harness import BACKENDS, ON_GPU, run
+from tests.harness import ON_GPU, run
 from tests.parity import small_recipe
 from tests.standing import assert_stood, figures, go_on, train_noting_samples
 from tests.trainer.faults import Records
@@ -87,12 +87,22 @@ def test_summary_checkpoints_and_ledger_say_which_engine_ran(tmp_path: Path, beg
     assert [event.engine for event in read(tmp_path) if event.what == "joined"] == [kind[2] for kind in kinds]
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, ON_GPU])
-@pytest.mark.parametrize("model", [{"parallel__pipeline": 2}, MOE], ids=["dense", "moe"])
+STOPPED = {"dense": {"parallel__pipeline": 2}, "moe": MOE}
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("moe", "gloo"),
+        ("dense", "simulated"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dense", "gloo"), ("moe", "simulated"))),
+        *(pytest.param(name, *ON_GPU.values, marks=ON_GPU.marks) for name in STOPPED),
+    ],
+)
 def test_a_stop_on_one_rank_stops_all_and_going_on_completes_the_same_run(
-    tmp_path: Path, undisturbed: Undisturbed, backend: str, model: dict[str, object]
+    tmp_path: Path, undisturbed: Undisturbed, backend: str, name: str
 ) -> None:
-    stopped = recipe_in(tmp_path / "stopped", **model)
+    stopped = recipe_in(tmp_path / "stopped", **STOPPED[name])
     straight, world = undisturbed(stopped, backend), stopped.world_size()
     expected = json.loads((straight / "summary.json").read_text())
     assert expected["ended"] == "done"

@@ -85,10 +85,12 @@ def test_samples_come_every_so_often_and_at_the_end_alike_on_every_layout(
 
 
 ENGINES: list[dict[str, object]] = [
-    {"parallel__engine": "fsdp", "parallel__data": 2},
     {"parallel__engine": "fsdp", "parallel__data": 2, "parallel__pipeline": 2, "parallel__schedule": "gpipe"},
-    {"parallel__engine": "deepspeed", "parallel__data": 2, "parallel__zero": 1},
     {"parallel__engine": "deepspeed", "parallel__data": 2, "parallel__zero": 3},
+]
+MORE_ENGINES: list[dict[str, object]] = [
+    {"parallel__engine": "fsdp", "parallel__data": 2},
+    {"parallel__engine": "deepspeed", "parallel__data": 2, "parallel__zero": 1},
 ]
 
 
@@ -109,7 +111,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[[str
     return of
 
 
-@pytest.mark.parametrize("layout", ENGINES, ids=str)
+@pytest.mark.parametrize("layout", [*ENGINES, *(pytest.param(one, marks=pytest.mark.slow) for one in MORE_ENGINES)], ids=str)
 def test_other_engines_make_up_the_same_samples_and_train_on(
     tmp_path: Path, text: Path, layout: dict[str, object], alone: Callable[[str], tuple[float, list[str]]]
 ) -> None:

@@ -95,7 +95,7 @@ def test_text_is_kept_through_config_yaml(tmp_path):
         assert yaml.safe_load(path.read_text(encoding="utf-8")) == as_dict(recipe)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=8) | st.text("\\${}'\"a:, []~\n#", max_size=8), max_size=3))
 def test_any_text_can_be_given_and_saved(texts):
     (override,) = parse([f"launch.slurm.setup=[{','.join(map(quoted, texts))}]"])

@@ -111,7 +111,9 @@ def test_the_first_loss_is_that_of_the_published_model_to_the_bit(tmp_path: Path
     assert with_factors[1] != full[1]
 
 
-@pytest.mark.parametrize("name", ["llama_with_biases", "olmo3", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["llama_with_biases", "mixtral", *(pytest.param(one, marks=pytest.mark.slow) for one in ("olmo3", "qwen3_moe"))]
+)
 def test_an_export_holds_the_merged_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers computes with them what the decoder computes with factors; so do `generate` and `evaluate`."""
     publish(name, tmp_path / "published", torch.float64)
@@ -157,7 +159,7 @@ def test_base_weights_are_exported_as_they_were_where_there_are_no_factors(tmp_p
     assert changed == {*(f"layers.{i}.attention.query.weight" for i in range(4)), "layers.1.feed_forward.up.weight"}
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float64", marks=pytest.mark.slow), "bfloat16"])
 def test_a_run_begins_with_the_merged_weights_of_another(dtype: str, tmp_path: Path) -> None:
     """The same bits in every layout; factors that it trains itself are new."""
     publish("qwen3_moe", tmp_path / "published", torch.float64)

@@ -28,7 +28,9 @@ def in_small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("in_small_portions")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (index % 3 > 0)) for index, name in enumerate(NAMES)]
+)
 def test_torch_loads_the_state_of_a_model_of_transformers(name: str, tmp_path: Path) -> None:
     publish(name, tmp_path / "published", torch.bfloat16)
     brought = import_model(tmp_path / "published", tmp_path / "run")

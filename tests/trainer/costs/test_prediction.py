@@ -87,19 +87,21 @@ def test_state_is_predicted_to_the_byte(ranks: int, changes: dict[str, object]) 
 SIZES = {"model__hidden": 64, "model__ffn": 160, "model__vocab": 512, "data__sequence_length": 128}
 WHOLE = {"parallel__bucket_bytes": ParallelConfig.bucket_bytes}  # fsdp has no buckets
 LIBRARY = [
-    {**WHOLE, "parallel__engine": "fsdp", "train__dtype": "float64"},
     {**WHOLE, "parallel__engine": "fsdp", "train__dtype": "bfloat16", "optim__name": "muon", **MIXTURE},
     {**WHOLE, "parallel__engine": "fsdp", "parallel__pipeline": 2, **TIED, **FROZEN, **HALF, **MIXTURE},
-    {**WHOLE, "parallel__engine": "fsdp", "parallel__shard": 2, "train__dtype": "float16"},
     {"parallel__engine": "deepspeed", "parallel__zero": 1, "parallel__pipeline": 2, **HALF, **TIED},
-    {"parallel__engine": "deepspeed", "parallel__zero": 2, "train__dtype": "float32", **FROZEN, **MIXTURE},
     {"parallel__engine": "deepspeed", "parallel__zero": 3, "train__dtype": "bfloat16", **FROZEN, **MIXTURE},
-    {**WHOLE, "parallel__engine": "fsdp", "parallel__tensor": 2, **LORA, **HALF, **MIXTURE},
     {"parallel__engine": "deepspeed", "parallel__zero": 3, "train__dtype": "float32", **LORA},
+]
+MORE_OF_LIBRARY = [
+    {**WHOLE, "parallel__engine": "fsdp", "train__dtype": "float64"},
+    {**WHOLE, "parallel__engine": "fsdp", "parallel__shard": 2, "train__dtype": "float16"},
+    {"parallel__engine": "deepspeed", "parallel__zero": 2, "train__dtype": "float32", **FROZEN, **MIXTURE},
+    {**WHOLE, "parallel__engine": "fsdp", "parallel__tensor": 2, **LORA, **HALF, **MIXTURE},
 ]
 
 
-@pytest.mark.parametrize("changes", LIBRARY, ids=named)
+@pytest.mark.parametrize("changes", [*LIBRARY, *(pytest.param(one, marks=pytest.mark.slow) for one in MORE_OF_LIBRARY)], ids=named)
 def test_other_engines_take_what_is_predicted_but_for_padding_and_buffers_of_their_own(changes: dict[str, object]) -> None:
     """Their gradients do not exist before the first step."""
     two_a_stage = 2 * small_recipe(**changes).parallel.pipeline
@@ -143,28 +145,31 @@ ONE_BATCHES: list[tuple[int, dict[str, object]]] = [
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
-        (1, {"train__dtype": "float32", "train__recompute": "full"}),
+        pytest.param(1, {"train__dtype": "float32", "train__recompute": "full"}, marks=pytest.mark.slow),
         (1, {**MIXTURE, "train__dtype": "bfloat16", "train__micro_batch": 2}),
         (1, {**HALF, "train__dtype": "float16", "model__kv_heads": 2}),
         (2, {"parallel__tensor": 2, "parallel__sequence": True, **MIXTURE}),
         (2, {"parallel__pipeline": 2, "parallel__schedule": "zb_v", "train__recompute": "full"}),
         (2, {"parallel__pipeline": 2, "parallel__balance": [1.5, 2.5], "train__recompute": "attention", "train__dtype": "float32"}),
-        (2, {"parallel__pipeline": 2, "parallel__balance": [2.5, 1.5], **MIXTURE}),
+        pytest.param(2, {"parallel__pipeline": 2, "parallel__balance": [2.5, 1.5], **MIXTURE}, marks=pytest.mark.slow),
         (1, {**FROZEN, **TIED, **MIXTURE}),
-        *((ranks, {**ONE_BATCH, **changes}) for ranks, changes in ONE_BATCHES),
-        (1, {**LORA, "train__dtype": "float32"}),
+        *(
+            pytest.param(ranks, {**ONE_BATCH, **changes}, marks=[pytest.mark.slow] * (number in (1, 3)))
+            for number, (ranks, changes) in enumerate(ONE_BATCHES)
+        ),
+        pytest.param(1, {**LORA, "train__dtype": "float32"}, marks=pytest.mark.slow),
         (1, {**LORA, **MIXTURE, "train__dtype": "bfloat16", "train__micro_batch": 2}),
-        (2, {**LORA, "parallel__tensor": 2, "parallel__sequence": True, **MIXTURE}),
+        pytest.param(2, {**LORA, "parallel__tensor": 2, "parallel__sequence": True, **MIXTURE}, marks=pytest.mark.slow),
         (2, {**LORA, "parallel__data": 2, "parallel__zero": 2, "train__dtype": "bfloat16"}),
-        (2, {**LORA, "parallel__pipeline": 2, "parallel__schedule": "zb_v"}),
-        (2, {"parallel__data": 2, "parallel__zero": 0}),
+        pytest.param(2, {**LORA, "parallel__pipeline": 2, "parallel__schedule": "zb_v"}, marks=pytest.mark.slow),
+        pytest.param(2, {"parallel__data": 2, "parallel__zero": 0}, marks=pytest.mark.slow),
         (2, {"parallel__data": 2, "parallel__zero": 2, "train__dtype": "bfloat16"}),
         (2, {"parallel__data": 2, "parallel__zero": 3, "train__dtype": "bfloat16"}),
         (2, {"parallel__data": 2, "parallel__zero": 3, "parallel__memory_bytes": 10**9}),
         (2, {"parallel__data": 2, "parallel__zero": 3, "parallel__memory_bytes": 11_000_000}),
         (1, {"train__offload_bytes": 2**30}),
         *(pytest.param(ranks, {**changes, **PANELS}, marks=[NEEDS_PANELS]) for ranks, changes in IN_PANELS),
-        (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 2}),
+        pytest.param(4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 2}, marks=pytest.mark.slow),
         (4, {**WHOLE, **TWO_BATCHES, "parallel__zero": 3}),
         *(  # each on one of three layouts, and on the others where slow tests run
             pytest.param(ranks, {**changes, **layout}, marks=[pytest.mark.slow] * (number % 3 != turn))

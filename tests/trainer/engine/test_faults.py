@@ -25,7 +25,7 @@ FAULTS = {
     "state": (Fault("exp_avg"), True), "reduced": (reduced(), False),
 }  # fmt: skip
 """A fault, and whether the run goes back to a checkpoint, because no other rank holds what was damaged."""
-FEW = {(1, "nan"), (1, "copy"), (2, "gradient"), (3, "state")}
+FEW = {(1, "copy"), (2, "gradient"), (3, "state")}
 UNDER_DEEPSPEED = [(stage, name) for stage in (1, 2, 3) for name in FAULTS if (stage, name) != (3, "reduced")]
 """In ZeRO-3 DeepSpeed hands out a copy of a reduced gradient."""
 

@@ -137,7 +137,7 @@ def trained(communicator: Communicator, recipe: Recipe) -> tuple[list[float], li
     return losses, pieces_of(state), dtypes
 
 
-@pytest.mark.parametrize("optim", ["adamw", "lion", "muon", "sgd"])
+@pytest.mark.parametrize("optim", ["adamw", "muon", *(pytest.param(one, marks=pytest.mark.slow) for one in ("lion", "sgd"))])
 def test_it_trains_nearly_as_with_whole_moments(optim: str) -> None:
     changes: dict[str, Any] = {**MOE, "train__dtype": "float32", "train__steps": 20, "model__layers": 2, "optim__name": optim}
     ((whole, _, _),) = run("simulated", 1, trained, small_recipe(**changes))

@@ -17,6 +17,7 @@ from bagualu.trainer.data.corpus import prepare
 from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.recipe.config import Recipe
 from bagualu.trainer.step import StepResult, train_step
+from tests.covering import covering
 from tests.harness import ON_GPU, run
 from tests.parity import as_numpy, gather, pieces_of, small_recipe, working_tensors
 from tests.trainer.states import load_state, save_state
@@ -102,8 +103,16 @@ LAYOUTS: list[tuple[str, dict[str, object], tuple[str, ...]]] = [
 CASES = [(model, layout, dtype) for model, layout, dtypes in LAYOUTS for dtype in dtypes]
 
 
+QUICK = covering([{"dtype": dtype, **{f"{key}={value}": True for key, value in (("model", model), *layout.items())}}
+                  for model, layout, dtype in CASES])  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", ["cpu", ON_GPU])
-@pytest.mark.parametrize(("model", "layout", "dtype"), CASES, ids=[f"{m}-{x}-{d}" for m, x, d in CASES])
+@pytest.mark.parametrize(
+    ("model", "layout", "dtype"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (index not in QUICK)) for index, case in enumerate(CASES)],
+    ids=[f"{m}-{x}-{d}" for m, x, d in CASES],
+)
 def test_the_same_layout_goes_on_to_the_bit(
     tmp_path: Path, model: str, layout: dict[str, object], dtype: str, backend: str
 ) -> None:

@@ -41,17 +41,17 @@ def layout(
     ("words", "one"),
     [
         (DENSE, layout(8, 2, recompute="attention")),
-        (DENSE, layout(4, 2, 2, micro_batch=2)),
+        pytest.param(DENSE, layout(4, 2, 2, micro_batch=2), marks=pytest.mark.slow),
         (DENSE, layout(4, pipeline=4, schedule="zb_v", recompute="full")),
         (DENSE, layout(16, zero=3)),
         (DENSE, layout(8, pipeline=2, schedule="interleaved_1f1b", stages=2, zero=2)),
         (DENSE, layout(2, 8, recompute="every:2", micro_batch=4)),
-        (DENSE, layout(2, 2, 4, schedule="gpipe", zero=0)),
+        pytest.param(DENSE, layout(2, 2, 4, schedule="gpipe", zero=0), marks=pytest.mark.slow),
         (MIXTURE, layout(8, 2, expert=4, recompute="experts")),
-        (MIXTURE, layout(8, pipeline=2, expert=2, schedule="zb_h1")),
+        pytest.param(MIXTURE, layout(8, pipeline=2, expert=2, schedule="zb_h1"), marks=pytest.mark.slow),
         (DENSE, layout(4, 2, 2, micro_batch=2, recompute="attention", balance=(4.5, 3.5))),
         (MIXTURE, layout(8, pipeline=2, expert=2, balance=(3.5, 4.5))),
-        (MIXTURE, layout(16, expert=8, zero=2)),
+        pytest.param(MIXTURE, layout(16, expert=8, zero=2), marks=pytest.mark.slow),
     ],
 )
 def test_an_estimate_is_near_the_prediction(words, one):

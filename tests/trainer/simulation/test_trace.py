@@ -82,14 +82,16 @@ def events_of(traced: RankTrace) -> list[Any]:
 @pytest.mark.parametrize(
     "words",
     [
-        ["recipe=tiny_dense", *CUBE],
+        pytest.param(["recipe=tiny_dense", *CUBE], marks=pytest.mark.slow),
         pytest.param(["recipe=moe_tiny", *CUBE], marks=pytest.mark.slow),
         ["recipe=moe_tiny", *CUBE, "parallel.expert=2", "optim.moments_dtype=bfloat16", "model.moe.bias_rate=0.001"],
         ["recipe=tiny_dense", *CUBE, "parallel.sequence=true", "parallel.zero=3", "train.recompute=full"],
         ["recipe=tiny_dense", *CUBE, "parallel.schedule=zb_v", "parallel.zero=2"],
         ["recipe=moe_tiny", *CUBE, "parallel.balance=[1.5,2.5]", "parallel.zero=3", "train.recompute=full"],
-        ["recipe=tiny_dense", *CUBE, *STYLED["bloom"], "parallel.sequence=true", "parallel.zero=3"],
-        ["recipe=moe_tiny", *CUBE, *STYLED["qwen3"], "parallel.zero=2"],
+        pytest.param(
+            ["recipe=tiny_dense", *CUBE, *STYLED["bloom"], "parallel.sequence=true", "parallel.zero=3"], marks=pytest.mark.slow
+        ),
+        pytest.param(["recipe=moe_tiny", *CUBE, *STYLED["qwen3"], "parallel.zero=2"], marks=pytest.mark.slow),
         ["recipe=moe_tiny", *CUBE, "model.lora.rank=4", "parallel.expert=2", "parallel.zero=3"],
     ],
     ids=["dense", "mixture", "experts", "zero-3", "zb-v", "halves", "bloom", "qwen3", "factors"],

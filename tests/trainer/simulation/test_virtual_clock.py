@@ -86,7 +86,6 @@ def recipe_of(name: str, *words: str) -> Recipe:
     ("name", "words"),
     [
         ("tiny_dense", ["parallel.tensor=2", "parallel.data=2", "parallel.sequence=true"]),
-        ("tiny_dense", ["parallel.pipeline=4", "parallel.schedule=1f1b", "model.tie_embeddings=true"]),
         ("tiny_dense", ["parallel.pipeline=2", "parallel.schedule=zb_v", "parallel.tensor=2"]),
         ("tiny_dense", ["parallel.data=4", "parallel.zero=2"]),
         ("tiny_dense", ["parallel.data=4", "parallel.zero=3"]),
@@ -94,6 +93,7 @@ def recipe_of(name: str, *words: str) -> Recipe:
         *(
             pytest.param(name, words, marks=pytest.mark.slow)
             for name, words in (
+                ("tiny_dense", ["parallel.pipeline=4", "parallel.schedule=1f1b", "model.tie_embeddings=true"]),
                 ("tiny_dense", ["parallel.data=4"]),
                 ("tiny_dense", ["parallel.pipeline=2", "parallel.schedule=interleaved_1f1b", "parallel.data=2"]),
                 ("tiny_dense", ["parallel.data=2", "parallel.shares=[5,3]"]),
