@@ -79,11 +79,11 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
             continue
         calls = [case for case in cases if case.operator == operator]
         usual = [_usual(case, chip) for case in calls] or [DEFAULT_VARIANTS[operator]]
-        seconds = sum(case.calls * case.call_seconds for case in calls) * micro_batches / recipe.parallel.pipeline
+        times = [case.calls * case.call_seconds * (1 if case.each_step else micro_batches) for case in calls]
+        seconds = sum(times) / recipe.parallel.pipeline
         measures = not begun and recipe.comm.backend != "simulated" and seconds >= LEAST_SECONDS
         if measures and len(measurable(operator, chip)) > 1:
-            times = _times(calls, communicator.device, cache_folder(recipe.data))
-            chosen[operator] = quickest(usual, times)
+            chosen[operator] = quickest(usual, _times(calls, communicator.device, cache_folder(recipe.data)))
             remarks += _remark(operator, chosen[operator])
         else:
             chosen[operator] = by_rule(usual)
@@ -93,11 +93,12 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
 
 def _compile(chosen: dict[str, Chosen], before: Mapping[str, Chosen], given: OperatorsConfig) -> list[str]:
     """Changes `chosen` to generated kernels where the recipe names no variant, now or when the run began; returns what is to be
-    said about that. `before`: what the run has recorded."""
+    said about that. `before`: what the run has recorded; an operator that a record lacks is newer than the run, and its usual variant
+    is kept."""
     remarks = []
     for operator in generated_of(given):
         was = before.get(operator)
-        if was is not None and was.why == GIVEN:
+        if was.why == GIVEN if was is not None else before:
             continue
         chosen[operator] = Chosen(GENERATED, COMPILED)
         if was is not None and was.variant != GENERATED:
@@ -112,7 +113,7 @@ def _usual(case: OperatorCalls, chip: str) -> str:
 
 
 def _times(cases: Sequence[OperatorCalls], device: torch.device, cache: Path) -> list[dict[str, float]]:
-    """Returns, for each case, the seconds of all its calls in a micro-batch, by variant."""
+    """Returns, for each case, the seconds of all its calls in a micro-batch, or in an update, by variant."""
     return [{name: seconds * case.calls for name, seconds in times_of(case, device, cache).items()} for case in cases]
 
 
@@ -120,7 +121,9 @@ def _remark(operator: str, chosen: Chosen) -> list[str]:
     if chosen.why != MEASURED:
         return []
     times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in chosen.seconds.items())
-    return [f"operators.{operator}={chosen.variant}, as measured: {times} for a micro-batch"]
+    return [
+        f"operators.{operator}={chosen.variant}, as measured: {times} for {'an update' if operator == 'update' else 'a micro-batch'}"
+    ]
 
 
 def _recorded(recipe: Recipe) -> tuple[ChosenOperators | None, bool]:
