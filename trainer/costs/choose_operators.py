@@ -93,8 +93,8 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
 
 def _compile(chosen: dict[str, Chosen], before: Mapping[str, Chosen], given: OperatorsConfig) -> list[str]:
     """Changes `chosen` to generated kernels where the recipe names no variant, now or when the run began; returns what is to be
-    said about that. `before`: what the run has recorded; an operator that a record lacks is newer than the run, and its usual variant
-    is kept."""
+    said about that. `before`: what the run has recorded; an operator that a record lacks is newer than the run, and keeps its usual
+    variant."""
     remarks = []
     for operator in generated_of(given):
         was = before.get(operator)
@@ -113,7 +113,7 @@ def _usual(case: OperatorCalls, chip: str) -> str:
 
 
 def _times(cases: Sequence[OperatorCalls], device: torch.device, cache: Path) -> list[dict[str, float]]:
-    """Returns, for each case, the seconds of all its calls in a micro-batch, or in an update, by variant."""
+    """Returns, for each case, the seconds of all its calls in a micro-batch or an update, by variant."""
     return [{name: seconds * case.calls for name, seconds in times_of(case, device, cache).items()} for case in cases]
 
 

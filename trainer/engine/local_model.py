@@ -26,7 +26,8 @@ def no_values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
 
 
 def operators_of(recipe: Recipe, device: torch.device) -> OperatorSet:
-    """Returns the variants by which ranks on `device` compute. Raises RecipeError if `operators` names one that the chip has not."""
+    """Returns the variants by which ranks on `device` compute. Raises RecipeError if `operators` names one that the chip
+    has not."""
     return operator_set(recipe.variants, chip_of(device), here=device.type != "meta")
 
 

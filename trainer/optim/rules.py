@@ -38,7 +38,7 @@ class Rule(Protocol):
 
 
 class InPasses:
-    """Does an update in several passes over the tensors: the gradient's factor, the rule itself, and the copy to working weights."""
+    """Does an update in several passes: the gradient's factor, the rule itself, and the copy to working weights."""
 
     def update(self, piece: ShardSlice, lr: float, weight_decay: float, factor: float) -> None:
         """See `Rule.update`."""

@@ -21,7 +21,7 @@ from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.groups import Treatment
 from bagualu.trainer.optim.muon import adjustment, cost, orthogonalise
 from bagualu.trainer.optim.rounding import element_numbers, noise, round_stochastically
-from bagualu.trainer.optim.rules import MuonStep, ShardSlice, Rule, rule_of
+from bagualu.trainer.optim.rules import MuonStep, Rule, ShardSlice, rule_of
 
 
 class ShardedOptimizer:

@@ -54,8 +54,8 @@ def _moved(
     average: torch.Tensor,
     square: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the new weight and moments. The weight is multiplied by `keeps`, and `size` is that of the step; both are corrected for
-    moments that begin as zeros by `size` and `scale`."""
+    """Returns the new weight and moments. The weight is multiplied by `keeps`, and `size` is that of the step. `size` and
+    `scale` correct for moments that begin as zeros."""
     factor, keeps, size, scale = (value.to(weight.dtype) for value in (factor, keeps, size, scale))
     gradient = gradient * factor
     average = average * first + gradient * (1 - first)
