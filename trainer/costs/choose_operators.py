@@ -121,9 +121,8 @@ def _remark(operator: str, chosen: Chosen) -> list[str]:
     if chosen.why != MEASURED:
         return []
     times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in chosen.seconds.items())
-    return [
-        f"operators.{operator}={chosen.variant}, as measured: {times} for {'an update' if operator == 'update' else 'a micro-batch'}"
-    ]
+    of = "an update" if operator == "update" else "a micro-batch"
+    return [f"operators.{operator}={chosen.variant}, as measured: {times} for {of}"]
 
 
 def _recorded(recipe: Recipe) -> tuple[ChosenOperators | None, bool]:
