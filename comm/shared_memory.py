@@ -1,8 +1,7 @@
 """Memory that the ranks of one machine share, so that a group can exchange tensors without the network.
 
 Every rank has two slots that alternate. For an exchange, it copies its tensor into its next slot and sends each other rank a
-header of a few bytes; once it has received all headers, it reads the slots of the others. The headers travel over the network
-like any message, so a lost or hung rank is detected in the same way as without shared memory.
+header of a few bytes through a pipe (pipes.py); once it has received all headers, it reads the slots of the others.
 
 Two slots suffice, because a rank ends each exchange before it begins the next. Exchange n reuses the slots of exchange n - 2. A
 rank that has ended exchange n - 1 holds a header for it from every other rank, and each of them had ended exchange n - 2, and so
@@ -113,11 +112,12 @@ def _attach(nbytes: int, process: int, descriptor: int, token: int) -> torch.Ten
     """Maps the memory behind a file descriptor of another process (or of this one); returns None if this process cannot.
 
     On another machine or in another namespace the same numbers may denote an unrelated file. So its name and then its first bytes
-    are checked before it is mapped, and this function never writes to it.
+    are checked before it is mapped, and this function never writes to it. A process whose network is another one, such as that of
+    another container, counts as one on another machine: that it is cut off must be noticed.
     """
     path = f"/proc/{process}/fd/{descriptor}"
     try:
-        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+        if _network_of(process) != _network_of(os.getpid()) or not os.readlink(path).startswith(f"/memfd:{_NAME}"):
             return None
         opened = os.open(path, os.O_RDWR)
     except OSError:
@@ -130,3 +130,8 @@ def _attach(nbytes: int, process: int, descriptor: int, token: int) -> torch.Ten
         return None
     finally:
         os.close(opened)
+
+
+def _network_of(process: int) -> str:
+    """Returns the name of the network namespace of a process. Raises OSError."""
+    return os.readlink(f"/proc/{process}/ns/net")
