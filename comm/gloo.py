@@ -4,10 +4,9 @@ reduce_scatter, all_gather and a small all_reduce that sums over two ranks are d
 than Gloo's own collectives. They send as many bytes as a ring, but take a third to a half of its time over loopback
 (docs/performance.md). Their sums run in rank order, so a gradient has the same bits whichever rank computes it. Between ranks of
 one machine, these three collectives and all_to_all go through shared memory (shared_memory.py) if they are synchronous and not too
-large, with the same sums.
+large, with the same sums; messages always do (shared_messages.py).
 """
 
-import struct
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ import torch.distributed as dist
 
 from bagualu.comm.backend import ReduceOp, Work
 from bagualu.comm.errors import CommunicationError
-from bagualu.comm.pipes import open_pipes
+from bagualu.comm.pipes import Message, open_pipes
 from bagualu.comm.shared_memory import SLOT_BYTES, SLOTS, Slots, share
+from bagualu.comm.shared_messages import SharedMessages
 from bagualu.comm.torch_transport import TorchBackend, TorchTransport, TorchWork
 
 _MANY = 2**21
@@ -28,10 +28,8 @@ _MANY = 2**21
 fast."""
 _MOST_SHARING = 16
 """The number of ranks of the largest group that tries to share memory."""
-Header = tuple[int, int, int, int]
-"""What a rank says of its tensor in a call: the index of the collective in _OPS, bytes, bytes of an element, and the number of the
-call."""
-_HEADER = struct.Struct("4q")
+_CALLS = 0
+"""The stream of the pipes that headers of collectives have; others are for messages."""
 _OPS = ("lend", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier")
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -52,7 +50,7 @@ class HeaderExchange:
     """Small headers on their way to and from every other rank. `wait` raises CommunicationError unless each sent the header
     expected of it, that is, is in the same call of the same collective with a tensor of the size that this rank expects."""
 
-    expected: dict[int, Header]
+    expected: dict[int, Message]
     """By position, those that this rank still waits for."""
     number: int
     op: str
@@ -68,7 +66,7 @@ class HeaderExchange:
             del self.expected[position]
 
 
-def _describe(header: Header) -> str:
+def _describe(header: Message) -> str:
     op, nbytes, element_bytes, number = header
     return f"{_OPS[op]} (shared-memory call {number}) of {nbytes} bytes in elements of {element_bytes}"
 
@@ -85,6 +83,21 @@ class Summing:
         self.exchange.wait()
         parts, self.parts = self.parts, []
         _sum(parts, self.output)
+
+
+@dataclass
+class Receiving:
+    """A message that `wait` reads from shared memory. Waiting again changes nothing."""
+
+    tensor: torch.Tensor | None
+    source: int
+    number: int
+    transport: "GlooTransport"
+
+    def wait(self) -> None:
+        if self.tensor is not None:
+            self.transport.fill(self.tensor, self.source, self.number)
+            self.tensor = None
 
 
 _DONE = Exchange(())
@@ -108,10 +121,11 @@ class GlooTransport(TorchTransport):
         super().__init__(group, ranks, name, timeout)
         memories = share(SLOTS * SLOT_BYTES, self._gather) if 1 < len(ranks) <= _MOST_SHARING else None
         seconds = timeout.total_seconds()
-        self._pipes = open_pipes(self.position, len(ranks), self._gather, _HEADER.size, seconds) if memories else None
+        self._pipes = open_pipes(self.position, len(ranks), self._gather, seconds) if memories else None
         self.slots = Slots(memories, self.position) if memories and self._pipes else None
         """Shared memory; None if the group has one rank or more than _MOST_SHARING, or if a rank cannot map the memory of
         another."""
+        self._messages = SharedMessages(self._pipes) if self._pipes else None
         self._lent: dict[int, list[torch.Tensor]] = {}
         """Maps the id of each live tensor that this rank lends to the tensors that the other positions lent in the same call."""
         self._headers_sent = 0
@@ -167,6 +181,18 @@ class GlooTransport(TorchTransport):
         received = [self._message("all_to_all", dist.irecv, incoming[of], of) for of in others if _bytes(incoming[of]) > most]
         return Exchange((*sent, *received))
 
+    def send(self, tensor: torch.Tensor, destination: int) -> Work:
+        if self._messages is None:
+            return super().send(tensor, destination)
+        with self._naming("send", destination):
+            self._messages.send(tensor, destination)
+        return _DONE
+
+    def receive(self, tensor: torch.Tensor, source: int) -> Work:
+        if self._messages is None:
+            return super().receive(tensor, source)
+        return Receiving(tensor, source, self._messages.ask_for(source), self)
+
     def barrier(self) -> Work:
         if self.slots is None:
             return super().barrier()
@@ -187,6 +213,8 @@ class GlooTransport(TorchTransport):
 
     def close(self) -> None:
         self.slots = None
+        if self._messages:
+            self._messages.close()
         if self._pipes:
             self._pipes.close()
         self._lent.clear()
@@ -219,14 +247,20 @@ class GlooTransport(TorchTransport):
         assert self._pipes is not None
         for position, header in sent.items():
             with self._naming(op, position):
-                self._pipes.send(position, _HEADER.pack(*header))
+                self._pipes.send(position, _CALLS, number, header)
         return HeaderExchange(expected, number, op, self)
 
-    def received_header(self, op: str, position: int, number: int) -> Header:
+    def fill(self, tensor: torch.Tensor, source: int, number: int) -> None:
+        """Fills `tensor` with a message of `source` through shared memory, once it has come."""
+        assert self._messages is not None
+        with self._naming("receive", source):
+            self._messages.receive(tensor, source, number)
+
+    def received_header(self, op: str, position: int, number: int) -> Message:
         """Returns the header that `position` has sent in call `number`, once it has come."""
         assert self._pipes is not None
         with self._naming(op, position):
-            return _HEADER.unpack(self._pipes.receive(position, number))
+            return self._pipes.receive(position, _CALLS, number)
 
     @contextmanager
     def _naming(self, op: str, position: int) -> Iterator[None]:
@@ -236,7 +270,7 @@ class GlooTransport(TorchTransport):
         except ConnectionError as error:
             raise self.error(op, RuntimeError(f"rank {self.ranks[position]} {error}")) from error
 
-    def _header(self, op: str, contents: torch.Tensor, number: int) -> Header:
+    def _header(self, op: str, contents: torch.Tensor, number: int) -> Message:
         return _OPS.index(op), _bytes(contents), contents.itemsize, number
 
     def _lent_by_all(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:

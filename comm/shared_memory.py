@@ -80,10 +80,10 @@ def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[t
     to it into a matrix. The operating system allocates a page of the memory when it is first touched.
     """
     token = int.from_bytes(os.urandom(7), sys.byteorder)
-    descriptor = _create(nbytes, token)
+    descriptor = create(nbytes, token)
     try:
         addresses = gather(torch.tensor([os.getpid(), descriptor, token])).tolist()
-        memories = [_attach(nbytes, *address) for address in addresses]
+        memories = [attach(nbytes, *address) for address in addresses]
         mapped_by_all = gather(torch.tensor([None not in memories])).bool().all().item()
         if descriptor >= 0:
             os.pwrite(descriptor, bytes(8), 0)
@@ -93,8 +93,8 @@ def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[t
     return [memory for memory in memories if memory is not None] if mapped_by_all else None
 
 
-def _create(nbytes: int, token: int) -> int:
-    """Returns a file descriptor of new memory that begins with `token`, or -1 if the system cannot provide such memory."""
+def create(nbytes: int, token: int) -> int:
+    """Returns a file descriptor of new memory that begins with `token`, of 8 bytes, or -1 if the system cannot provide it."""
     try:
         descriptor = os.memfd_create(_NAME)
     except (AttributeError, OSError):
@@ -108,7 +108,7 @@ def _create(nbytes: int, token: int) -> int:
     return descriptor
 
 
-def _attach(nbytes: int, process: int, descriptor: int, token: int) -> torch.Tensor | None:
+def attach(nbytes: int, process: int, descriptor: int, token: int) -> torch.Tensor | None:
     """Maps the memory behind a file descriptor of another process (or of this one); returns None if this process cannot.
 
     On another machine or in another namespace the same numbers may denote an unrelated file. So its name and then its first bytes

@@ -99,10 +99,10 @@ class TorchTransport:
         rank = self.ranks[source]
         return self._start("broadcast", lambda: dist.broadcast(tensor, rank, self.group, async_op=True), tensor)
 
-    def send(self, tensor: torch.Tensor, destination: int) -> TorchWork:
+    def send(self, tensor: torch.Tensor, destination: int) -> Work:
         return self._message(f"send to rank {self.ranks[destination]}", dist.isend, tensor, destination)
 
-    def receive(self, tensor: torch.Tensor, source: int) -> TorchWork:
+    def receive(self, tensor: torch.Tensor, source: int) -> Work:
         return self._message(f"receive from rank {self.ranks[source]}", dist.irecv, tensor, source)
 
     def _message(self, op: str, start: Callable[..., dist.Work | None], tensor: torch.Tensor, position: int) -> TorchWork:

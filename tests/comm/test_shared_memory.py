@@ -240,7 +240,7 @@ def without(c: Communicator, broken: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     elif c.rank == 1:
         owner, failing = {
-            "_create": (shared_memory, lambda *_: -1), "_attach": (shared_memory, lambda *_: None), "pipe": (os, no_more),
+            "create": (shared_memory, lambda *_: -1), "attach": (shared_memory, lambda *_: None), "pipe": (os, no_more),
         }[broken]  # fmt: skip
         with replaced(owner, broken, failing):
             group = c.group(ranks, "without")
@@ -253,7 +253,7 @@ def without(c: Communicator, broken: str) -> None:
     conformance.expect(x, torch.full_like(x, 1.0))
 
 
-@pytest.mark.parametrize("broken", ["_create", "_attach", "limit", "pipe"])
+@pytest.mark.parametrize("broken", ["create", "attach", "limit", "pipe"])
 def test_where_one_has_none_all_use_the_network(broken: str) -> None:
     run("gloo", 2, without, broken)
 
@@ -261,14 +261,14 @@ def test_where_one_has_none_all_use_the_network(broken: str) -> None:
 def test_what_is_not_the_memory_that_is_meant_is_left_alone(tmp_path: Path) -> None:
     file, token = tmp_path / "short", int.from_bytes(b"somebody", sys.byteorder)
     file.write_bytes(b"somebody's data")
-    ours = shared_memory._create(2**12, 1)
+    ours = shared_memory.create(2**12, 1)
     empty = os.memfd_create(shared_memory._NAME)
     with file.open("rb") as data:
-        assert shared_memory._attach(2**12, os.getpid(), ours, 1) is not None
-        assert shared_memory._attach(2**12, os.getpid(), ours, 2) is None
-        assert shared_memory._attach(2**12, os.getpid(), empty, 0) is None
-        assert shared_memory._attach(2**12, os.getpid(), data.fileno(), token) is None
-        assert shared_memory._attach(2**12, os.getpid(), 2**20, 1) is None
+        assert shared_memory.attach(2**12, os.getpid(), ours, 1) is not None
+        assert shared_memory.attach(2**12, os.getpid(), ours, 2) is None
+        assert shared_memory.attach(2**12, os.getpid(), empty, 0) is None
+        assert shared_memory.attach(2**12, os.getpid(), data.fileno(), token) is None
+        assert shared_memory.attach(2**12, os.getpid(), 2**20, 1) is None
     assert file.read_bytes() == b"somebody's data"
     assert os.fstat(empty).st_size == 0
     os.close(ours)
@@ -337,30 +337,32 @@ def test_a_member_that_hangs_is_noticed() -> None:
     run("gloo", 2, wait_for_a_silent_one)
 
 
-def test_messages_can_be_read_in_any_order() -> None:
+def own_pipe() -> pipes.Pipes:
+    """From this process to itself."""
     reading, writing = os.pipe()
-    both = pipes.Pipes({1: writing}, {1: reading}, 8, 1.0)
+    return pipes.Pipes({1: writing}, {1: reading}, 0.1)
+
+
+def test_numbers_can_be_read_in_any_order() -> None:
+    both = own_pipe()
     for number in range(3):
-        both.send(1, bytes([number]) * 8)
-    assert [both.receive(1, number)[0] for number in (1, 2, 0)] == [1, 2, 0]
+        both.send(1, number % 2, number, (number, 0, 0, 0))
+    assert [both.receive(1, number % 2, number)[0] for number in (1, 2, 0)] == [1, 2, 0]
     both.close()
 
 
 def fill(full: pipes.Pipes) -> None:
-    for _ in range(20_000):
-        full.send(1, bytes(8))
+    for number in range(20_000):  # a pipe holds 64 KiB
+        full.send(1, 0, number, (number, 0, 0, 0))
 
 
 def test_two_that_send_more_than_pipes_hold_do_not_wait_for_each_other() -> None:
-    reading, writing = os.pipe()
-    both = pipes.Pipes({1: writing}, {1: os.dup(reading)}, 8, 1.0)
-    for number in range(20_000):  # a pipe holds 64 KiB
-        both.send(1, number.to_bytes(8))
-    assert [int.from_bytes(both.receive(1, number)) for number in range(20_000)] == list(range(20_000))
-    full = pipes.Pipes({1: writing}, {}, 8, 0.1)
+    both = own_pipe()
+    fill(both)
+    assert [both.receive(1, 0, number)[0] for number in range(20_000)] == list(range(20_000))
+    unread = pipes.Pipes(both._writing, {}, 0.1)
     with pytest.raises(ConnectionError, match=r"^has read nothing for 0.1 s$"):
-        fill(full)
-    os.close(reading)
+        fill(unread)
     both.close()
 
 
