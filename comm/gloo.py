@@ -3,35 +3,34 @@
 reduce_scatter, all_gather and a small all_reduce that sums over two ranks are direct exchanges between all pairs of ranks rather
 than Gloo's own collectives. They send as many bytes as a ring, but take a third to a half of its time over loopback
 (docs/performance.md). Their sums run in rank order, so a gradient has the same bits whichever rank computes it. Between ranks of
-one machine, these three collectives go through shared memory (shared_memory.py) if they are synchronous and of medium size, with
-the same sums; so do the rows of an all_to_all.
+one machine, these three collectives and all_to_all go through shared memory (shared_memory.py) if they are synchronous and not too
+large, with the same sums; messages always do (shared_messages.py).
 """
 
-import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from bagualu.comm.backend import ReduceOp, Work
 from bagualu.comm.errors import CommunicationError
+from bagualu.comm.pipes import Message, open_pipes
 from bagualu.comm.shared_memory import SLOT_BYTES, SLOTS, Slots, share
+from bagualu.comm.shared_messages import SharedMessages
 from bagualu.comm.torch_transport import TorchBackend, TorchTransport, TorchWork
 
 _MANY = 2**21
 """The largest tensor, in elements, that two ranks sum by sending each other all of it; for larger ones Gloo's all_reduce is as
 fast."""
-LEAST_SHARED_BYTES = 2**19
-"""The smallest tensor of a rank, in bytes, that is exchanged through shared memory. A smaller tensor arrives over the network as
-fast as the header of such an exchange (tests/bench/exchange.py)."""
-_LEAST_ROW_BYTES = 2**7
-"""The smallest row, in bytes, of an all_to_all through shared memory: ranks may give different numbers of rows, so they decide by
-the size of one."""
 _MOST_SHARING = 16
 """The number of ranks of the largest group that tries to share memory."""
-_OPS = ("lend", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+_CALLS = 0
+"""The stream of the pipes that headers of collectives have; others are for messages."""
+_OPS = ("lend", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier")
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -46,26 +45,29 @@ class Exchange:
             message.wait()
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeaderExchange:
-    """An exchange of small headers with every other rank. `wait` raises CommunicationError unless each sent the header expected of
-    it, that is, is in the same call of the same collective with a tensor of the size that this rank expects."""
+    """Small headers on their way to and from every other rank. `wait` raises CommunicationError unless each sent the header
+    expected of it, that is, is in the same call of the same collective with a tensor of the size that this rank expects."""
 
-    exchange: Exchange
-    expected: list[torch.Tensor]
-    received: list[torch.Tensor]
-    where: str
+    expected: dict[int, Message]
+    """By position, those that this rank still waits for."""
+    number: int
+    op: str
+    transport: "GlooTransport"
 
     def wait(self) -> None:
-        self.exchange.wait()
-        for header, expected in zip(self.received, self.expected, strict=True):
-            if not torch.equal(header, expected):
-                raise CommunicationError(f"{self.where}: ranks have called different collectives: {_describe(header)} on another, "
-                                         f"{_describe(expected)} on this one; call the same on all, in order")  # fmt: skip
+        for position, expected in list(self.expected.items()):
+            received = self.transport.received_header(self.op, position, self.number)
+            if received != expected:
+                raise CommunicationError(f"{self.op} in {self.transport.where}: ranks have called different collectives: "
+                                         f"{_describe(received)} on another, {_describe(expected)} on this one; call the same on "
+                                         "all, in order")  # fmt: skip
+            del self.expected[position]
 
 
-def _describe(header: torch.Tensor) -> str:
-    op, nbytes, element_bytes, number = header.tolist()
+def _describe(header: Message) -> str:
+    op, nbytes, element_bytes, number = header
     return f"{_OPS[op]} (shared-memory call {number}) of {nbytes} bytes in elements of {element_bytes}"
 
 
@@ -81,6 +83,21 @@ class Summing:
         self.exchange.wait()
         parts, self.parts = self.parts, []
         _sum(parts, self.output)
+
+
+@dataclass
+class Receiving:
+    """A message that `wait` reads from shared memory. Waiting again changes nothing."""
+
+    tensor: torch.Tensor | None
+    source: int
+    number: int
+    transport: "GlooTransport"
+
+    def wait(self) -> None:
+        if self.tensor is not None:
+            self.transport.fill(self.tensor, self.source, self.number)
+            self.tensor = None
 
 
 _DONE = Exchange(())
@@ -100,12 +117,15 @@ def _sum(parts: list[torch.Tensor], output: torch.Tensor) -> None:
 
 
 class GlooTransport(TorchTransport):
-    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], name: str) -> None:
-        super().__init__(group, ranks, name)
+    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], name: str, timeout: timedelta) -> None:
+        super().__init__(group, ranks, name, timeout)
         memories = share(SLOTS * SLOT_BYTES, self._gather) if 1 < len(ranks) <= _MOST_SHARING else None
-        self.slots = Slots(memories, self.position) if memories else None
+        seconds = timeout.total_seconds()
+        self._pipes = open_pipes(self.position, len(ranks), self._gather, seconds) if memories else None
+        self.slots = Slots(memories, self.position) if memories and self._pipes else None
         """Shared memory; None if the group has one rank or more than _MOST_SHARING, or if a rank cannot map the memory of
         another."""
+        self._messages = SharedMessages(self._pipes) if self._pipes else None
         self._lent: dict[int, list[torch.Tensor]] = {}
         """Maps the id of each live tensor that this rank lends to the tensors that the other positions lent in the same call."""
         self._headers_sent = 0
@@ -147,7 +167,7 @@ class GlooTransport(TorchTransport):
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int], asynchronous: bool
     ) -> Work:
-        if self.slots is None or asynchronous or math.prod(input.shape[1:]) * input.itemsize < _LEAST_ROW_BYTES:
+        if self.slots is None or asynchronous:
             return super().all_to_all(output, input, output_splits, input_splits, asynchronous)
         outgoing, incoming, most = input.split(input_splits), output.split(output_splits), self.slots.part_bytes
         incoming[self.position].copy_(outgoing[self.position])
@@ -160,6 +180,24 @@ class GlooTransport(TorchTransport):
         sent = [self._message("all_to_all", dist.isend, outgoing[to], to) for to in others if _bytes(outgoing[to]) > most]
         received = [self._message("all_to_all", dist.irecv, incoming[of], of) for of in others if _bytes(incoming[of]) > most]
         return Exchange((*sent, *received))
+
+    def send(self, tensor: torch.Tensor, destination: int) -> Work:
+        if self._messages is None:
+            return super().send(tensor, destination)
+        with self._naming("send", destination):
+            self._messages.send(tensor, destination)
+        return _DONE
+
+    def receive(self, tensor: torch.Tensor, source: int) -> Work:
+        if self._messages is None:
+            return super().receive(tensor, source)
+        return Receiving(tensor, source, self._messages.ask_for(source), self)
+
+    def barrier(self) -> Work:
+        if self.slots is None:
+            return super().barrier()
+        nothing = [torch.empty(0)] * len(self.ranks)
+        return self._exchange_headers("barrier", nothing, nothing)
 
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
         if self.slots is None:
@@ -175,6 +213,10 @@ class GlooTransport(TorchTransport):
 
     def close(self) -> None:
         self.slots = None
+        if self._messages:
+            self._messages.close()
+        if self._pipes:
+            self._pipes.close()
         self._lent.clear()
         super().close()
 
@@ -182,9 +224,9 @@ class GlooTransport(TorchTransport):
         """Exchanges `contents` through shared memory and returns those of every position.
 
         Returns None on all ranks if the exchange has to go over the network: without shared memory, with `asynchronous`, or if
-        `contents` is too small or too large.
+        `contents` is empty or too large.
         """
-        if self.slots is None or asynchronous or not LEAST_SHARED_BYTES <= _bytes(contents) <= SLOT_BYTES:
+        if self.slots is None or asynchronous or not 0 < _bytes(contents) <= SLOT_BYTES:
             return None
         return self.slots.exchange(contents, lambda: self._exchange_header(op, contents).wait())
 
@@ -194,18 +236,42 @@ class GlooTransport(TorchTransport):
         return self._exchange_headers(op, alike, alike)
 
     def _exchange_headers(self, op: str, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> HeaderExchange:
-        """Starts to send every other position i a header about this call of `op` and the size of outgoing[i], and returns the
-        exchange to wait for, in which a header about incoming[i] is expected from it. A rank sends its headers once the others may
-        read its contents in shared memory."""
-        self._headers_sent += 1
-        sent, expected = ([self._header(op, part) for part in parts] for parts in (outgoing, incoming))
-        received = [torch.empty_like(header) for header in expected]
-        received[self.position] = expected[self.position]
-        where = f"{op} in group {self.name} of ranks {list(self.ranks)}"
-        return HeaderExchange(self._exchange(op, sent, received), expected, received, where)
+        """Sends every other position i a header about this call of `op` and the size of outgoing[i], and returns the exchange to
+        wait for, in which a header about incoming[i] is expected from it. A rank sends its headers once the others may read its
+        contents in shared memory."""
+        number, self._headers_sent = self._headers_sent, self._headers_sent + 1
+        sent, expected = (
+            {place: self._header(op, part, number) for place, part in enumerate(parts) if place != self.position}
+            for parts in (outgoing, incoming)
+        )
+        assert self._pipes is not None
+        for position, header in sent.items():
+            with self._naming(op, position):
+                self._pipes.send(position, _CALLS, number, header)
+        return HeaderExchange(expected, number, op, self)
 
-    def _header(self, op: str, contents: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([_OPS.index(op), _bytes(contents), contents.itemsize, self._headers_sent])
+    def fill(self, tensor: torch.Tensor, source: int, number: int) -> None:
+        """Fills `tensor` with a message of `source` through shared memory, once it has come."""
+        assert self._messages is not None
+        with self._naming("receive", source):
+            self._messages.receive(tensor, source, number)
+
+    def received_header(self, op: str, position: int, number: int) -> Message:
+        """Returns the header that `position` has sent in call `number`, once it has come."""
+        assert self._pipes is not None
+        with self._naming(op, position):
+            return self._pipes.receive(position, _CALLS, number)
+
+    @contextmanager
+    def _naming(self, op: str, position: int) -> Iterator[None]:
+        """Turns an error of the pipes to `position` into a CommunicationError that names the call and the rank."""
+        try:
+            yield
+        except ConnectionError as error:
+            raise self.error(op, RuntimeError(f"rank {self.ranks[position]} {error}")) from error
+
+    def _header(self, op: str, contents: torch.Tensor, number: int) -> Message:
+        return _OPS.index(op), _bytes(contents), contents.itemsize, number
 
     def _lent_by_all(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         """Returns the tensors that all positions lent in the same call as `tensor`; None if `tensor` is not lent."""

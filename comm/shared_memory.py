@@ -1,8 +1,7 @@
 """Memory that the ranks of one machine share, so that a group can exchange tensors without the network.
 
 Every rank has two slots that alternate. For an exchange, it copies its tensor into its next slot and sends each other rank a
-header of a few bytes; once it has received all headers, it reads the slots of the others. The headers travel over the network
-like any message, so a lost or hung rank is detected in the same way as without shared memory.
+header of a few bytes through a pipe (pipes.py); once it has received all headers, it reads the slots of the others.
 
 Two slots suffice, because a rank ends each exchange before it begins the next. Exchange n reuses the slots of exchange n - 2. A
 rank that has ended exchange n - 1 holds a header for it from every other rank, and each of them had ended exchange n - 2, and so
@@ -81,10 +80,10 @@ def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[t
     to it into a matrix. The operating system allocates a page of the memory when it is first touched.
     """
     token = int.from_bytes(os.urandom(7), sys.byteorder)
-    descriptor = _create(nbytes, token)
+    descriptor = create(nbytes, token)
     try:
         addresses = gather(torch.tensor([os.getpid(), descriptor, token])).tolist()
-        memories = [_attach(nbytes, *address) for address in addresses]
+        memories = [attach(nbytes, *address) for address in addresses]
         mapped_by_all = gather(torch.tensor([None not in memories])).bool().all().item()
         if descriptor >= 0:
             os.pwrite(descriptor, bytes(8), 0)
@@ -94,8 +93,8 @@ def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[t
     return [memory for memory in memories if memory is not None] if mapped_by_all else None
 
 
-def _create(nbytes: int, token: int) -> int:
-    """Returns a file descriptor of new memory that begins with `token`, or -1 if the system cannot provide such memory."""
+def create(nbytes: int, token: int) -> int:
+    """Returns a file descriptor of new memory that begins with `token`, of 8 bytes, or -1 if the system cannot provide it."""
     try:
         descriptor = os.memfd_create(_NAME)
     except (AttributeError, OSError):
@@ -109,15 +108,16 @@ def _create(nbytes: int, token: int) -> int:
     return descriptor
 
 
-def _attach(nbytes: int, process: int, descriptor: int, token: int) -> torch.Tensor | None:
+def attach(nbytes: int, process: int, descriptor: int, token: int) -> torch.Tensor | None:
     """Maps the memory behind a file descriptor of another process (or of this one); returns None if this process cannot.
 
     On another machine or in another namespace the same numbers may denote an unrelated file. So its name and then its first bytes
-    are checked before it is mapped, and this function never writes to it.
+    are checked before it is mapped, and this function never writes to it. A process whose network is another one, such as that of
+    another container, counts as one on another machine: that it is cut off must be noticed.
     """
     path = f"/proc/{process}/fd/{descriptor}"
     try:
-        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+        if _network_of(process) != _network_of(os.getpid()) or not os.readlink(path).startswith(f"/memfd:{_NAME}"):
             return None
         opened = os.open(path, os.O_RDWR)
     except OSError:
@@ -130,3 +130,8 @@ def _attach(nbytes: int, process: int, descriptor: int, token: int) -> torch.Ten
         return None
     finally:
         os.close(opened)
+
+
+def _network_of(process: int) -> str:
+    """Returns the name of the network namespace of a process. Raises OSError."""
+    return os.readlink(f"/proc/{process}/ns/net")

@@ -46,15 +46,22 @@ class TorchWork:
 class TorchTransport:
     """The collectives of one torch process group. No call blocks."""
 
-    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], name: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], name: str, timeout: timedelta) -> None:
+        """`timeout`: that of `group`."""
         self.group = group
         self.ranks = ranks
         self.name = name
+        self.timeout = timeout
         self.position = ranks.index(dist.get_rank())
+
+    @property
+    def where(self) -> str:
+        """Names the group in an error."""
+        return f"group {self.name} of ranks {list(self.ranks)}"
 
     def error(self, op: str, error: RuntimeError) -> CommunicationError:
         """Returns a CommunicationError that names the call, the group and the first line of torch's `error`."""
-        return CommunicationError(f"{op} in group {self.name} of ranks {list(self.ranks)} failed: {_first_line(error)}")
+        return CommunicationError(f"{op} in {self.where} failed: {_first_line(error)}")
 
     def _start(self, op: str, call: Callable[[], dist.Work | None], *tensors: torch.Tensor) -> TorchWork:
         try:
@@ -92,16 +99,16 @@ class TorchTransport:
         rank = self.ranks[source]
         return self._start("broadcast", lambda: dist.broadcast(tensor, rank, self.group, async_op=True), tensor)
 
-    def send(self, tensor: torch.Tensor, destination: int) -> TorchWork:
+    def send(self, tensor: torch.Tensor, destination: int) -> Work:
         return self._message(f"send to rank {self.ranks[destination]}", dist.isend, tensor, destination)
 
-    def receive(self, tensor: torch.Tensor, source: int) -> TorchWork:
+    def receive(self, tensor: torch.Tensor, source: int) -> Work:
         return self._message(f"receive from rank {self.ranks[source]}", dist.irecv, tensor, source)
 
     def _message(self, op: str, start: Callable[..., dist.Work | None], tensor: torch.Tensor, position: int) -> TorchWork:
         return self._start(op, lambda: start(tensor, self.ranks[position], self.group), tensor)
 
-    def barrier(self) -> TorchWork:
+    def barrier(self) -> Work:
         return self._start("barrier", lambda: dist.barrier(self.group, async_op=True))
 
     def lend(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -146,7 +153,7 @@ class TorchBackend:
     def transport(self, ranks: Sequence[int], name: str) -> TorchTransport:
         # Only members take part in making a group, so a rank's cost grows with its own groups, not with all groups of the world.
         group = dist.new_group(list(ranks), timeout=self.timeout, backend=self.torch_name, use_local_synchronization=True)
-        self._transports.append(self.transport_class(group, ranks, name))
+        self._transports.append(self.transport_class(group, ranks, name, self.timeout))
         return self._transports[-1]
 
     def close(self) -> None:

@@ -1,11 +1,13 @@
 """What members on one machine exchange through memory is what they would have exchanged over the network, and nothing is left."""
 
+import errno
 import gc
 import hashlib
 import os
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagualu.comm import gloo, shared_memory
+from bagualu.comm import gloo, pipes, shared_memory
 from bagualu.comm.errors import CommunicationError
 from bagualu.comm.gloo import GlooTransport
 from bagualu.comm.group import Communicator, Group
 from tests.comm import test_conformance as conformance
 from tests.harness import WorkerFailed, run
 
-ELIGIBLE = gloo.LEAST_SHARED_BYTES // 4
-"""Elements of float32."""
+MANY = 2**17
+"""Elements of float32 that one memory access does not copy."""
 
 
 def transport(group: Group) -> GlooTransport:
@@ -45,10 +47,8 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, usual)
 
 
-def of_all_sizes(c: Communicator, function: Callable[..., None], *args: object) -> None:
-    """`function` with even the smallest contents in memory."""
-    with replaced(gloo, "LEAST_SHARED_BYTES", 1), replaced(gloo, "_LEAST_ROW_BYTES", 1):
-        function(c, *args)
+def through_memory(c: Communicator, function: Callable[..., None], *args: object) -> None:
+    function(c, *args)
     assert exchanges(c.world)
 
 
@@ -56,20 +56,20 @@ def of_all_sizes(c: Communicator, function: Callable[..., None], *args: object) 
 class TestConformance:
     @pytest.mark.parametrize("dtype", conformance.DTYPES, ids=str)
     def test_collectives(self, size: int, dtype: torch.dtype) -> None:
-        run("gloo", size, of_all_sizes, conformance.collectives, dtype)
+        run("gloo", size, through_memory, conformance.collectives, dtype)
 
     def test_in_place(self, size: int) -> None:
-        run("gloo", size, of_all_sizes, conformance.in_place)
+        run("gloo", size, through_memory, conformance.in_place)
 
     def test_uneven_all_to_all(self, size: int) -> None:
-        run("gloo", size, of_all_sizes, conformance.uneven_all_to_all)
+        run("gloo", size, through_memory, conformance.uneven_all_to_all)
 
     def test_waiting_again(self, size: int) -> None:
-        run("gloo", size, of_all_sizes, conformance.waiting_again)
+        run("gloo", size, through_memory, conformance.waiting_again)
 
 
 def test_reduce_scatter_rounds_once() -> None:
-    run("gloo", 4, of_all_sizes, conformance.sums_are_rounded_once)
+    run("gloo", 4, through_memory, conformance.sums_are_rounded_once)
 
 
 def subgroups(c: Communicator) -> None:
@@ -78,12 +78,12 @@ def subgroups(c: Communicator) -> None:
     again = c.group(parity.ranks, "again")
     for number in range(5):
         for place, group in enumerate((parity, again, c.world)):
-            x = torch.full((ELIGIBLE,), float(100 * number + 10 * place + c.rank))
+            x = torch.full((MANY,), float(100 * number + 10 * place + c.rank))
             if c.rank == number % c.size:
                 time.sleep(0.005)
-            whole = torch.empty(group.size * ELIGIBLE)
+            whole = torch.empty(group.size * MANY)
             group.all_gather(whole, x)
-            conformance.expect(whole[::ELIGIBLE], torch.tensor([100.0 * number + 10 * place + rank for rank in group.ranks]))
+            conformance.expect(whole[::MANY], torch.tensor([100.0 * number + 10 * place + rank for rank in group.ranks]))
     assert [exchanges(group) for group in (parity, again, c.world)] == [5, 5, 5]
 
 
@@ -145,7 +145,7 @@ def one_reads_late(c: Communicator) -> None:
     summed = gloo._sum
     with replaced(gloo, "_sum", late):
         for number in range(8):
-            x = torch.full((ELIGIBLE,), float(10 * number + c.rank))
+            x = torch.full((MANY,), float(10 * number + c.rank))
             c.world.all_reduce(x)
             conformance.expect(x, torch.full_like(x, 20.0 * number + 1))
             read.append(x[0].item())
@@ -216,7 +216,7 @@ def test_what_is_lent_is_read_where_it_lies(size: int) -> None:
 
 
 def requires_gradients(c: Communicator) -> None:
-    for size in (4, ELIGIBLE):
+    for size in (4, MANY):
         x = torch.ones(size, requires_grad=True)
         c.world.all_reduce(x)
         conformance.expect(x.detach(), torch.full((size,), 2.0))
@@ -226,27 +226,34 @@ def test_a_tensor_that_requires_gradients_is_summed_like_any_other() -> None:
     run("gloo", 2, requires_gradients)
 
 
+def no_more() -> tuple[int, int]:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
 def without(c: Communicator, broken: str) -> None:
-    """Member 1 cannot make or see memory, or not enough of it."""
-    ranks = tuple(range(c.size))
+    """Member 1 cannot make or see memory, or not enough of it, or make pipes."""
+    ranks, piped = tuple(range(c.size)), open_pipes()
     if broken == "limit":
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20 if c.rank == 1 else soft, hard))
         group = c.group(ranks, "limited")
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     elif c.rank == 1:
-        with replaced(shared_memory, broken, lambda *_: {"_create": -1, "_attach": None}[broken]):
+        owner, failing = {
+            "create": (shared_memory, lambda *_: -1), "attach": (shared_memory, lambda *_: None), "pipe": (os, no_more),
+        }[broken]  # fmt: skip
+        with replaced(owner, broken, failing):
             group = c.group(ranks, "without")
     else:
         group = c.group(ranks, "without")
     assert transport(group).slots is None
-    assert open_descriptors() == 0
-    x = torch.full((ELIGIBLE,), float(c.rank))
+    assert (open_descriptors(), open_pipes()) == (0, piped)
+    x = torch.full((MANY,), float(c.rank))
     group.all_reduce(x)
     conformance.expect(x, torch.full_like(x, 1.0))
 
 
-@pytest.mark.parametrize("broken", ["_create", "_attach", "limit"])
+@pytest.mark.parametrize("broken", ["create", "attach", "limit", "pipe"])
 def test_where_one_has_none_all_use_the_network(broken: str) -> None:
     run("gloo", 2, without, broken)
 
@@ -254,14 +261,14 @@ def test_where_one_has_none_all_use_the_network(broken: str) -> None:
 def test_what_is_not_the_memory_that_is_meant_is_left_alone(tmp_path: Path) -> None:
     file, token = tmp_path / "short", int.from_bytes(b"somebody", sys.byteorder)
     file.write_bytes(b"somebody's data")
-    ours = shared_memory._create(2**12, 1)
+    ours = shared_memory.create(2**12, 1)
     empty = os.memfd_create(shared_memory._NAME)
     with file.open("rb") as data:
-        assert shared_memory._attach(2**12, os.getpid(), ours, 1) is not None
-        assert shared_memory._attach(2**12, os.getpid(), ours, 2) is None
-        assert shared_memory._attach(2**12, os.getpid(), empty, 0) is None
-        assert shared_memory._attach(2**12, os.getpid(), data.fileno(), token) is None
-        assert shared_memory._attach(2**12, os.getpid(), 2**20, 1) is None
+        assert shared_memory.attach(2**12, os.getpid(), ours, 1) is not None
+        assert shared_memory.attach(2**12, os.getpid(), ours, 2) is None
+        assert shared_memory.attach(2**12, os.getpid(), empty, 0) is None
+        assert shared_memory.attach(2**12, os.getpid(), data.fileno(), token) is None
+        assert shared_memory.attach(2**12, os.getpid(), 2**20, 1) is None
     assert file.read_bytes() == b"somebody's data"
     assert os.fstat(empty).st_size == 0
     os.close(ours)
@@ -275,29 +282,38 @@ def open_descriptors() -> int:
     )
 
 
+def open_pipes() -> int:
+    """How many lead to or come from other processes. Gloo has both ends of its own."""
+    links = Counter(os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    return sum(link.startswith("pipe:") and ends == 1 for link, ends in links.items())
+
+
 def mappings() -> int:
     gc.collect()
     return Path("/proc/self/maps").read_text(encoding="utf-8").count(shared_memory._NAME)
 
 
-def use_and_close(c: Communicator) -> tuple[int, int]:
+def use_and_close(c: Communicator) -> tuple[int, int, int]:
     lent = c.world.lend(8, torch.float32)
-    mapped = mappings()
+    mapped, piped = mappings(), open_pipes()
     c.close()
     del lent
-    return mapped - mappings(), open_descriptors()
+    return mapped - mappings(), open_descriptors(), piped - open_pipes()
 
 
 def test_nothing_is_left_when_it_is_closed() -> None:
-    assert run("gloo", 2, use_and_close) == [(4, 0), (4, 0)]  # slots and tensors of two members
+    assert run("gloo", 2, use_and_close) == [
+        (4, 0, 2),
+        (4, 0, 2),
+    ]  # slots and tensors of both, a pipe to and a pipe from the other
 
 
 def lose_a_rank(c: Communicator) -> None:
-    c.world.all_reduce(torch.zeros(ELIGIBLE))
+    c.world.all_reduce(torch.zeros(MANY))
     if c.rank == 1:
         raise KeyError("gone")
     with pytest.raises(CommunicationError, match="all_reduce in group world of ranks"):
-        c.world.all_reduce(torch.zeros(ELIGIBLE))
+        c.world.all_reduce(torch.zeros(MANY))
     raise CommunicationError("noticed")
 
 
@@ -306,10 +322,54 @@ def test_a_member_that_is_gone_is_noticed() -> None:
         run("gloo", 2, lose_a_rank)
 
 
+def wait_for_a_silent_one(c: Communicator) -> None:
+    silent = transport(c.group(tuple(range(c.size)), "silent"))
+    assert silent._pipes is not None
+    silent._pipes._timeout_seconds = 0.1
+    if c.rank == 0:
+        with pytest.raises(CommunicationError, match=r"^barrier in group silent of ranks \[0, 1\] failed: rank 1 has sent nothing "
+                                                     r"for 0.1 s$"):  # fmt: skip
+            silent.barrier().wait()
+    c.world.barrier()
+
+
+def test_a_member_that_hangs_is_noticed() -> None:
+    run("gloo", 2, wait_for_a_silent_one)
+
+
+def own_pipe() -> pipes.Pipes:
+    """From this process to itself."""
+    reading, writing = os.pipe()
+    return pipes.Pipes({1: writing}, {1: reading}, 0.1)
+
+
+def test_numbers_can_be_read_in_any_order() -> None:
+    both = own_pipe()
+    for number in range(3):
+        both.send(1, number % 2, number, (number, 0, 0, 0))
+    assert [both.receive(1, number % 2, number)[0] for number in (1, 2, 0)] == [1, 2, 0]
+    both.close()
+
+
+def fill(full: pipes.Pipes) -> None:
+    for number in range(20_000):  # a pipe holds 64 KiB
+        full.send(1, 0, number, (number, 0, 0, 0))
+
+
+def test_two_that_send_more_than_pipes_hold_do_not_wait_for_each_other() -> None:
+    both = own_pipe()
+    fill(both)
+    assert [both.receive(1, 0, number)[0] for number in range(20_000)] == list(range(20_000))
+    unread = pipes.Pipes(both._writing, {}, 0.1)
+    with pytest.raises(ConnectionError, match=r"^has read nothing for 0.1 s$"):
+        fill(unread)
+    both.close()
+
+
 def unalike(c: Communicator, what: str) -> None:
-    x = torch.zeros(ELIGIBLE * (2 if what == "size" and c.rank else 1))
+    x = torch.zeros(MANY * (2 if what == "size" and c.rank else 1))
     if what == "op" and c.rank:
-        c.world.all_gather(torch.empty(2 * ELIGIBLE), x)
+        c.world.all_gather(torch.empty(2 * MANY), x)
     elif what == "rows":
         c.world.all_to_all(torch.empty(8 + c.rank, 64), torch.empty(8, 64), [4 + c.rank, 4])
     elif what == "lend":
@@ -332,14 +392,12 @@ def test_members_that_call_different_things_are_told_so(what: str) -> None:
 
 
 def nobody_shares(c: Communicator) -> None:
-    c.world.all_reduce(torch.zeros(ELIGIBLE - 1))
     c.world.all_reduce(torch.zeros(shared_memory.SLOT_BYTES // 4 + 1))
-    c.world.all_reduce(torch.zeros(ELIGIBLE), asynchronous=True).wait()
-    numbers, rows = torch.zeros(2**16), torch.zeros(2, 64)
-    c.world.all_to_all(torch.empty_like(numbers), numbers)
+    c.world.all_reduce(torch.zeros(MANY), asynchronous=True).wait()
+    rows = torch.zeros(2, 1)
     c.world.all_to_all(torch.empty_like(rows), rows, asynchronous=True).wait()
     assert exchanges(c.world) == 0
-    c.world.all_reduce(torch.zeros(ELIGIBLE))
+    c.world.all_reduce(torch.zeros(1))
     c.world.all_to_all(torch.empty_like(rows), rows)
     assert exchanges(c.world) == 2
 
