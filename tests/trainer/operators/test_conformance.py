@@ -56,7 +56,9 @@ def test_results_and_gradients_are_those_of_the_formula(
     check(operator, variant_of(operator, variant, device.type), dtype, device)
     if variant == GENERATED:
         module = import_module(f"bagualu.trainer.operators.generated.{operator}")
-        assert all(value.is_generated for value in vars(module).values() if isinstance(value, Kernel)), "the plain function ran"
+        kernels = [value for value in vars(module).values() if isinstance(value, Kernel)]
+        unused = operator == "update"  # one of its kernels is for working weights in another dtype, one for the same
+        assert sum(one.is_generated for one in kernels) == len(kernels) - unused, "the plain function ran"
 
 
 MOE: dict[str, Any] = {"model__moe__experts": 4, "model__moe__top_k": 2, "model__moe__ffn": 8, "model__moe__every": 2}
