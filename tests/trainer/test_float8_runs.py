@@ -18,6 +18,7 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.generation.stages import load_stages
 from bagualu.trainer.models.decoder.config import MoEConfig
 from bagualu.trainer.operators import float8
 from bagualu.trainer.operators.registry import FLOAT8
@@ -226,6 +227,23 @@ def test_a_run_goes_on_in_another_dtype_and_back(tmp_path: Path, capfd: pytest.C
     said = capfd.readouterr().err
     assert "train.dtype=float8: linear layers had operators.linear=torch so far\n" in said
     assert "train.dtype=bfloat16: linear layers had operators.linear=float8_tensorwise so far\n" in said
+
+
+def loaded(communicator: Communicator, recipe: Recipe) -> set[str]:
+    path = latest(Path(recipe.run.dir) / "checkpoints")
+    assert path is not None
+    stages = load_stages(recipe, communicator, path)
+    return {type(module.products).__name__ for module in stages.model.modules() if hasattr(module, "products")}
+
+
+@pytest.mark.parametrize("linear", ["auto", "float8_tensorwise"])
+def test_such_a_run_generates_on_a_chip_without_float8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linear: str) -> None:
+    recipe = in_folder(tmp_path, operators__linear=linear)
+    run("simulated", 1, trained, recipe)
+    monkeypatch.setattr(float8.ProductsInFloat8, "lacks_on", lambda self, chip: "a better chip")
+    assert run("simulated", 1, loaded, recipe) == [{"Products"}]
+    with pytest.raises(RecipeError, match="needs a better chip"):
+        run("simulated", 1, trained, replace(recipe, run=replace(recipe.run, dir=str(tmp_path / "another"))))
 
 
 @pytest.mark.parametrize(

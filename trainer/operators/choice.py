@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.trainer.operators.config import OperatorsConfig
-from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, FLOAT8, GENERATED, variants
+from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, FLOAT8, GENERATED, is_float8, variants
 
 ALIKE = 0.02
 """The usual variant is kept unless another takes less time than it by more than this fraction."""
@@ -91,7 +91,7 @@ def kept(
     the type of the ranks' device, `product` its product name."""
     settled, remarks = {}, []
     before = dict(recorded.operators) if recorded is not None else {}
-    if config.linear == AUTO and "linear" in before and (before["linear"].variant in FLOAT8) != (dtype == "float8"):
+    if config.linear == AUTO and "linear" in before and is_float8(before["linear"].variant) != (dtype == "float8"):
         remarks.append(f"train.dtype={dtype}: linear layers had operators.linear={before.pop('linear').variant} so far")
     if config.linear == AUTO and dtype == "float8" and "linear" not in before:
         settled["linear"] = Chosen(FLOAT8[0], USUAL)

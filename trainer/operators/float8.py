@@ -95,14 +95,29 @@ class ProductsInFloat8(Products):
 
     def lacks_on(self, chip: str) -> str | None:
         """Returns what these products need and this machine has not, for runs on `chip`; None if nothing."""
-        if chip != "cuda":
+        if chip == "cpu":
             return None
+        if chip != "cuda":
+            return self._refusal(chip)
         if torch.version.hip is not None:
             name = torch.cuda.get_device_properties().gcnArchName
             return None if name.startswith(_AMD) else "a GPU that multiplies float8 in the formats e4m3fn and e5m2 (MI350 or later)"
         if torch.cuda.get_device_capability() >= _LEAST_CAPABILITY:
             return None
         return "a GPU that multiplies float8 (NVIDIA's of compute capability 8.9 or later, as L40S or H100)"
+
+    def _refusal(self, chip: str) -> str | None:
+        """Returns what a small product of each kind lacks on `chip`, by torch's own words; None if they are computed."""
+        try:
+            x = torch.ones(WIDTH_MULTIPLE, WIDTH_MULTIPLE, dtype=torch.bfloat16, device=chip)
+            right = scaled(x, torch.float8_e4m3fn, self._by_row)
+            for dtype in {torch.float8_e4m3fn, self.of_gradients}:
+                for result in _READ:
+                    multiply(scaled(x, dtype, self._by_row), right, result)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return f"products in float8 on the chip {chip} ({reason})"
+        return None
 
     def operand(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if x.dtype not in _READ or dtype not in _READ:
