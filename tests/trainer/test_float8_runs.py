@@ -225,8 +225,8 @@ def test_a_run_goes_on_in_another_dtype_and_back(tmp_path: Path, capfd: pytest.C
         assert summary["step"] == steps
     assert variants == ["float8_rowwise", "float8_tensorwise", "float8_tensorwise", "torch"]
     said = capfd.readouterr().err
-    assert "train.dtype=float8: linear layers had operators.linear=torch so far\n" in said
-    assert "train.dtype=bfloat16: linear layers had operators.linear=float8_tensorwise so far\n" in said
+    assert "train.dtype=float8: linear layers had operators.linear=torch so far, have float8_rowwise now\n" in said
+    assert "train.dtype=bfloat16: linear layers had operators.linear=float8_tensorwise so far, have torch now\n" in said
 
 
 def loaded(communicator: Communicator, recipe: Recipe) -> set[str]:

@@ -113,6 +113,8 @@ def test_products_in_float8_are_planned():
     before, after = wide.ranked[0].parts.seconds, narrow.ranked[0].parts.seconds
     assert after["matrix products"] < 0.6 * before["matrix products"]
     assert after["other kernels"] > before["other kernels"], "matrices are converted"
+    useful = [one.ranked[0].exact.mfu * one.ranked[0].exact.step_seconds for one in (wide, narrow)]
+    assert useful[0] == pytest.approx(useful[1]), "the peak is that of bfloat16, as in a run"
 
 
 def refused(words, world=16, cluster="h100"):
