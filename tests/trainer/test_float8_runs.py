@@ -18,11 +18,11 @@ from bagualu.fault_tolerance.checkpoint.layout.directory import latest
 from bagualu.trainer import run as whole_run
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.data.corpus import prepare
+from bagualu.trainer.generation.stages import load_stages
 from bagualu.trainer.models.decoder.config import MoEConfig
 from bagualu.trainer.operators import float8
 from bagualu.trainer.operators.registry import FLOAT8
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.operators import FLOAT8 as TRACED
 from bagualu.trainer.simulation.trace import Traced, trace
 from bagualu.trainer.step import train_step
 from tests.harness import run
@@ -168,8 +168,9 @@ def test_the_products_in_float8_are_those_of_the_trace(
         float8, "scaled_mm", lambda a, b, *rest, **named: seen.append((a.shape, b.shape)) or plain(a, b, *rest, **named)
     )
     run("simulated", ranks, one_step, recipe)
+    executed = list(seen)  # a trace calls the same function
     traced = [
-        tuple(given.shape for given in operator.inputs if given.dtype == TRACED)
+        tuple(given.shape for given in operator.inputs if given.dtype.startswith("float8"))
         for rank in range(ranks)
         for operator in trace(recipe, ranks, rank, Traced("cpu")).operators()
         if operator.flops
@@ -177,9 +178,9 @@ def test_the_products_in_float8_are_those_of_the_trace(
     of_trace = Counter(shapes for shapes in traced if shapes)
     assert of_trace
     if recipe.model.moe.experts:  # routers decide how many rows an expert has
-        assert Counter(map(widths, of_trace.elements())) == Counter(map(widths, seen))
+        assert Counter(map(widths, of_trace.elements())) == Counter(map(widths, executed))
     else:
-        assert of_trace == Counter(map(padded, seen))
+        assert of_trace == Counter(map(padded, executed))
 
 
 def widths(product: Product) -> tuple[int, ...]:
@@ -224,8 +225,25 @@ def test_a_run_goes_on_in_another_dtype_and_back(tmp_path: Path, capfd: pytest.C
         assert summary["step"] == steps
     assert variants == ["float8_rowwise", "float8_tensorwise", "float8_tensorwise", "torch"]
     said = capfd.readouterr().err
-    assert "train.dtype=float8: linear layers had operators.linear=torch so far\n" in said
-    assert "train.dtype=bfloat16: linear layers had operators.linear=float8_tensorwise so far\n" in said
+    assert "train.dtype=float8: linear layers had operators.linear=torch so far, have float8_rowwise now\n" in said
+    assert "train.dtype=bfloat16: linear layers had operators.linear=float8_tensorwise so far, have torch now\n" in said
+
+
+def loaded(communicator: Communicator, recipe: Recipe) -> set[str]:
+    path = latest(Path(recipe.run.dir) / "checkpoints")
+    assert path is not None
+    stages = load_stages(recipe, communicator, path)
+    return {type(module.products).__name__ for module in stages.model.modules() if hasattr(module, "products")}
+
+
+@pytest.mark.parametrize("linear", ["auto", "float8_tensorwise"])
+def test_such_a_run_generates_on_a_chip_without_float8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linear: str) -> None:
+    recipe = in_folder(tmp_path, operators__linear=linear)
+    run("simulated", 1, trained, recipe)
+    monkeypatch.setattr(float8.ProductsInFloat8, "lacks_on", lambda self, chip: "a better chip")
+    assert run("simulated", 1, loaded, recipe) == [{"Products"}]
+    with pytest.raises(RecipeError, match="needs a better chip"):
+        run("simulated", 1, trained, replace(recipe, run=replace(recipe.run, dir=str(tmp_path / "another"))))
 
 
 @pytest.mark.parametrize(

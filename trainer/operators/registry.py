@@ -28,8 +28,7 @@ DEFAULT_VARIANTS = {
 }  # fmt: skip
 """For each operator the variant that takes all arguments on every chip."""
 FLOAT8 = ("float8_rowwise", "float8_tensorwise")
-"""The variants of `linear` for train.dtype=float8, the usual one first. They round more than the others, so that none is chosen by
-its time."""
+"""This package's variants of `linear` for train.dtype=float8, the usual one first."""
 _OWN = [
     EntryPoint("attention.blocks.cpu", "bagualu.trainer.operators.attention:attention_blocks", GROUP),
     EntryPoint("attention.kernel", "bagualu.trainer.operators.attention:attention_kernel", GROUP),
@@ -49,6 +48,12 @@ _OWN = [
     EntryPoint("rotary.generated", "bagualu.trainer.operators.generated.rotary:rotate", GROUP),
 ]
 """The entries of this package; one of another package with the same name on the same chip is not taken."""
+
+
+def is_float8(variant: str) -> bool:
+    """Returns whether `variant` of `linear` is for train.dtype=float8: whether its name begins with float8_, whoever has registered
+    it. Such a variant rounds more than others, so that none is chosen by its time."""
+    return variant.startswith("float8_")
 
 
 def variants(operator: str, chip: str | None = None) -> dict[str, EntryPoint]:

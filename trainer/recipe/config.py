@@ -25,7 +25,7 @@ from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.decoder.config import LONGEST_ALIBI, ModelConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.operators.config import OperatorsConfig
-from bagualu.trainer.operators.registry import GENERATED
+from bagualu.trainer.operators.registry import AUTO, GENERATED, is_float8
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.recipe.deepspeed import DeepSpeedTerms
 from bagualu.trainer.recipe.override_text import typed
@@ -333,6 +333,11 @@ class Recipe:
         layers in float8 with train.dtype=float8."""
         named = self.operators.in_float8() if self.train.dtype == "float8" else self.operators
         return named.generated() if self.train.compile is True else named
+
+    def without_float8(self) -> "Recipe":
+        """Returns the recipe with weights stored in the same dtype and no product in float8."""
+        named = replace(self.operators, linear=AUTO) if is_float8(self.operators.linear) else self.operators
+        return replace(self, train=replace(self.train, dtype=self.train.stored_dtype), operators=named)
 
     @property
     def generates(self) -> bool:
