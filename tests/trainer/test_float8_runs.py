@@ -264,6 +264,23 @@ def test_a_dtype_and_a_variant_that_do_not_go_together_are_refused(dtype: str, l
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ({"model__hidden": 40, "model__heads": 4, "model__ffn": 64}, "model.hidden=40 by 40 and 20 and 64 and 32"),
+        ({"model__ffn": 40, "parallel__tensor": 4, "model__heads": 4, "model__kv_heads": 4, "model__hidden": 32},
+         "model.hidden=32 by 8 and 10"),
+    ],
+)  # fmt: skip
+def test_a_model_of_which_no_layer_can_multiply_in_float8_is_refused(words: dict[str, Any], named: str) -> None:
+    recipe = recipe_of("float8", **words)
+    with pytest.raises(RecipeError) as error:
+        recipe.validate(words.get("parallel__tensor", 1))
+    assert str(error.value) == (f"train.dtype=float8 multiplies matrices whose widths are multiples of 16, and no layer has such a "
+                                f"matrix on a rank ({named}); change the model's widths, or give train.dtype=bfloat16")  # fmt: skip
+    replace(recipe, model=replace(recipe.model, hidden=64, ffn=64)).validate(words.get("parallel__tensor", 1))
+
+
 def spoilt(communicator: Communicator, recipe: Recipe) -> bool:
     state = fresh(communicator, recipe)
     with torch.no_grad():

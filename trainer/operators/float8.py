@@ -20,9 +20,8 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from bagualu.parallel.precision import multiply_dtype
 from bagualu.parallel.products import Products, torch_products
+from bagualu.trainer.operators.registry import FLOAT8_MULTIPLE
 
-WIDTH_MULTIPLE = 16
-"""GPUs multiply matrices in float8 only if widths are multiples of this."""
 _LEAST_SCALE = 2.0**-100
 """The scale of numbers so small that dividing by their own might overflow, and of zeros."""
 _LEAST_CAPABILITY = (8, 9)
@@ -40,7 +39,7 @@ class Scaled:
     """A matrix in float8 that stands for values * scale."""
 
     values: torch.Tensor
-    """[A, K], with elements of a row side by side; K is padded with zeros to a multiple of WIDTH_MULTIPLE."""
+    """[A, K], with elements of a row side by side; K is padded with zeros to a multiple of FLOAT8_MULTIPLE."""
     scale: torch.Tensor
     """float32: [A, 1], or [] for the whole matrix."""
 
@@ -51,7 +50,7 @@ def scaled(x: torch.Tensor, dtype: torch.dtype, by_row: bool) -> Scaled:
     highest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True) if by_row else torch.linalg.vector_norm(x, torch.inf)
     scale = (highest.float() / torch.finfo(dtype).max).clamp(min=_LEAST_SCALE)  # NaN stays NaN
     width = x.shape[1]
-    values = x.new_empty(len(x), -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, dtype=dtype)
+    values = x.new_empty(len(x), -(-width // FLOAT8_MULTIPLE) * FLOAT8_MULTIPLE, dtype=dtype)
     values[:, :width].copy_(x / scale.expand(len(x), 1))  # divided in float32; within float8's range
     if values.shape[1] > width:
         values.view(torch.uint8)[:, width:].zero_()
@@ -80,7 +79,7 @@ def _multiply(
 
 class ProductsInFloat8(Products):
     """A variant of the operator `linear`, of weights in bfloat16. torch's functions compute products whose widths are not multiples
-    of WIDTH_MULTIPLE, in bfloat16."""
+    of FLOAT8_MULTIPLE, in bfloat16."""
 
     in_groups = False
 
@@ -109,7 +108,7 @@ class ProductsInFloat8(Products):
     def _refusal(self, chip: str) -> str | None:
         """Returns what a small product of each kind lacks on `chip`, by torch's own words; None if they are computed."""
         try:
-            x = torch.ones(WIDTH_MULTIPLE, WIDTH_MULTIPLE, dtype=torch.bfloat16, device=chip)
+            x = torch.ones(FLOAT8_MULTIPLE, FLOAT8_MULTIPLE, dtype=torch.bfloat16, device=chip)
             right = scaled(x, torch.float8_e4m3fn, self._by_row)
             for dtype in {torch.float8_e4m3fn, self.of_gradients}:
                 for result in _READ:
@@ -127,7 +126,7 @@ class ProductsInFloat8(Products):
         return operand
 
     def computes(self, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> bool:
-        aligned = inputs % WIDTH_MULTIPLE == outputs % WIDTH_MULTIPLE == 0
+        aligned = inputs % FLOAT8_MULTIPLE == outputs % FLOAT8_MULTIPLE == 0
         return dtype == torch.bfloat16 and min(rows, inputs, outputs) > 0 and aligned
 
     def outputs(

@@ -27,6 +27,8 @@ DEFAULT_VARIANTS = {
     "norm": "eager", "rotary": "eager", "gate": "eager", "attention": "kernel", "loss": "eager", "linear": "torch",
 }  # fmt: skip
 """For each operator the variant that takes all arguments on every chip."""
+FLOAT8_MULTIPLE = 16
+"""GPUs multiply matrices in float8 only if widths are multiples of this."""
 FLOAT8 = ("float8_rowwise", "float8_tensorwise")
 """This package's variants of `linear` for train.dtype=float8, the usual one first."""
 _OWN = [
