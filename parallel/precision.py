@@ -5,7 +5,6 @@ of bfloat16 numbers are exact in float32. A CPU without bfloat16 instructions ru
 float32 (docs/performance.md), so there the operands are widened before the multiplication and the result is rounded.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,26 +32,6 @@ def chip_of(device: torch.device) -> str:
 def dispatch_mode() -> Any:
     """Returns the innermost dispatch mode around the computation, which sees each of its operations; None if there is none."""
     return _get_current_dispatch_mode()
-
-
-def linear_products(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Returns a context for the matrix products of a linear layer, those of its forward and its backward pass. It says so to the
-    dispatch mode around a computation without values, which may convert each of their operands once for all of them.
-
-    `tensor` is one of their operands.
-    """
-    enter = getattr(_get_current_dispatch_mode(), "linear_products", None) if tensor.is_meta else None
-    return _NOTHING if enter is None else enter()
-
-
-def float8_products(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Returns a context for matrix products that are computed in float8. It says so to the dispatch mode around a computation
-    without values, in which products of matrices in bfloat16 stand for them. `tensor` is one of the matrices."""
-    enter = getattr(_get_current_dispatch_mode(), "float8_products", None) if tensor.is_meta else None
-    return _NOTHING if enter is None else enter()
-
-
-_NOTHING = nullcontext()
 
 
 def multiply_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -14,6 +14,9 @@ class Products:
     Rows are multiplied in their dtype, to which a weight in another one is cast.
     """
 
+    in_groups = True
+    """Whether torch's kernel for all experts together may take the place of a product for each expert."""
+
     def operand(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Returns `x` as the methods below take it: in `dtype`, in which this device multiplies numbers like those of the weights.
         A subclass that reads other dtypes need not cast it."""
@@ -24,15 +27,6 @@ class Products:
         """The products that do not round operands more than their dtype does: for the projection to the vocabulary, and for models
         that are not trained any more."""
         return self
-
-    def multiplies_groups(self, rows: torch.Tensor) -> bool:
-        """Returns whether `grouped` may take the place of a product for each expert."""
-        return True
-
-    def grouped(self, left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Multiplies matrices of E experts in one kernel: left [N, I] by right [E, I, O] -> [N, O], or left [O, N] by right [N, I]
-        -> [E, O, I]; expert e has those of the N before ends[e] that no earlier expert has."""
-        return F.grouped_mm(left, right, offs=ends)
 
     def computes(self, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> bool:
         """Returns whether this class has functions of its own for such a layer. Else a run does not measure it."""

@@ -98,7 +98,7 @@ def caption(prediction: Prediction) -> Iterator[str]:
         yield f"slowest  {longer}, if the times of ranks have a standard deviation of {prediction.stragglers:.3g}"
     peak = prediction.peak_flops_per_second / prediction.layout.world / 1e12
     again = f"HFU {prediction.hfu:.1%}, which counts what is computed again too"
-    yield f"MFU      {prediction.mfu:.1%} of {peak:.4g} TFLOP/s ({recipe.train.dtype}); {again}"
+    yield f"MFU      {prediction.mfu:.1%} of {peak:.4g} TFLOP/s ({recipe.train.stored_dtype}); {again}"
     yield f"bubble   {prediction.replayed.bubble:.1%} of the step, in which pipeline ranks wait for one another"
     room = f"fits, {size_text(fullest.spare_bytes)} to spare"
     if not prediction.fits:

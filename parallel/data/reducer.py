@@ -14,7 +14,6 @@ from bagualu.comm.backend import Work
 from bagualu.comm.monitor import Phase
 from bagualu.parallel.data.bucket import Bucket, Entry, crosses_two_groups
 from bagualu.parallel.mesh import Mesh
-from bagualu.parallel.precision import linear_products
 from bagualu.parallel.products import Products
 
 _MOST_IN_FLIGHT = 2
@@ -299,9 +298,8 @@ class GradientSink:
 
     def _add_products(self, products: Products, columns: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> None:
         views = self.view.unsqueeze(0) if self.view.ndim == 2 else self.view
-        with linear_products(self.view):
-            for view, of_outputs, of_inputs in zip(views, columns, rows, strict=True):
-                products.add_weight_gradient(view, of_outputs, of_inputs, self.fresh)
+        for view, of_outputs, of_inputs in zip(views, columns, rows, strict=True):
+            products.add_weight_gradient(view, of_outputs, of_inputs, self.fresh)
 
     def _add_rows(self, rows: torch.Tensor, indices: torch.Tensor) -> None:
         if self.fresh:

@@ -21,7 +21,18 @@ from bagualu.trainer.costs.operator_cases import AttentionShape, OperatorCalls, 
 from bagualu.trainer.costs.operator_times import measurable, times_of
 from bagualu.trainer.costs.work import work_of
 from bagualu.trainer.data.corpus_cache import cache_folder
-from bagualu.trainer.operators.choice import COMPILED, GIVEN, MEASURED, USUAL, Chosen, ChosenOperators, by_rule, kept, quickest
+from bagualu.trainer.operators.choice import (
+    COMPILED,
+    GIVEN,
+    MEASURED,
+    USUAL,
+    Chosen,
+    ChosenOperators,
+    by_rule,
+    changes_float8,
+    kept,
+    quickest,
+)
 from bagualu.trainer.operators.config import OperatorsConfig, generated_of
 from bagualu.trainer.operators.operator_set import lacked_by, operator_set
 from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, GENERATED
@@ -65,6 +76,7 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
     dropped = [name for name, was in before.items() if was.why == COMPILED and not compiles]
     if recorded is not None and dropped:
         recorded = recorded.without(COMPILED)
+    changed = changes_float8(recorded, recipe.operators, recipe.train.dtype)
     chosen, remarks = kept(recorded, recipe.operators, chip, product, recipe.train.dtype)
     if recipe.train.dtype == "float8" and chip == "cpu":
         remarks.append("train.dtype=float8: a CPU computes products in float8, but slowly; this is for trying out")
@@ -81,24 +93,27 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
         usual = [_usual(case, chip) for case in calls] or [DEFAULT_VARIANTS[operator]]
         times = [case.calls * case.call_seconds * (1 if case.each_step else micro_batches) for case in calls]
         seconds = sum(times) / recipe.parallel.pipeline
-        measures = not begun and recipe.comm.backend != "simulated" and seconds >= LEAST_SECONDS
+        again = operator == "linear" and changed
+        measures = (again or not begun) and recipe.comm.backend != "simulated" and seconds >= LEAST_SECONDS
         if measures and len(measurable(operator, chip)) > 1:
             chosen[operator] = quickest(usual, _times(calls, communicator.device, cache_folder(recipe.data)))
             remarks += _remark(operator, chosen[operator])
         else:
             chosen[operator] = by_rule(usual)
+    if changed:
+        remarks.append(f"train.dtype={recipe.train.dtype}: linear layers had operators.linear={before['linear'].variant} so far, "
+                       f"have {chosen['linear'].variant} now")  # fmt: skip
     kept_on = recorded.chip if recorded is not None else product
     return ChosenOperators(kept_on, {operator: chosen[operator] for operator in DEFAULT_VARIANTS}), remarks
 
 
 def _compile(chosen: dict[str, Chosen], before: Mapping[str, Chosen], given: OperatorsConfig) -> list[str]:
     """Changes `chosen` to generated kernels where the recipe names no variant, now or when the run began; returns what is to be
-    said about that. `before`: what the run has recorded; an operator that a record lacks is newer than the run, and keeps its usual
-    variant."""
+    said about that. `before`: what the run has recorded."""
     remarks = []
     for operator in generated_of(given):
         was = before.get(operator)
-        if was.why == GIVEN if was is not None else before:
+        if was is not None and was.why == GIVEN:
             continue
         chosen[operator] = Chosen(GENERATED, COMPILED)
         if was is not None and was.variant != GENERATED:

@@ -15,7 +15,7 @@ from bagualu.trainer.costs.cache import kept, on_device
 from bagualu.trainer.costs.operator_cases import OperatorCalls, PreparedCall
 from bagualu.trainer.costs.throughput import synchronize
 from bagualu.trainer.operators.operator_set import is_usable, variant_of
-from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, FLOAT8, GENERATED, variants
+from bagualu.trainer.operators.registry import DEFAULT_VARIANTS, GENERATED, is_float8, variants
 
 FORMAT = 4
 """A number in the KEY of a cache file. Raise it when what is measured, or how it is measured, changes."""
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def measurable(operator: str, chip: str) -> dict[str, EntryPoint]:
     """Returns the variants of `operator` that `chip` has and that are measured: not those that have to be generated first, that
     are in float8, or for which this machine lacks something. Raises RecipeError for a variant that cannot be imported."""
-    candidates = {name: entry for name, entry in variants(operator, chip).items() if name not in (GENERATED, *FLOAT8)}
+    candidates = {name: entry for name, entry in variants(operator, chip).items() if name != GENERATED and not is_float8(name)}
     return {name: entry for name, entry in candidates.items() if _is_usable(operator, name, chip)}
 
 

@@ -129,7 +129,7 @@ class ModelWork:
     @property
     def in_float8(self) -> bool:
         """Whether linear layers multiply in float8."""
-        return self.operators.linear in registry.FLOAT8 and self.dtype == "bfloat16"
+        return registry.is_float8(self.operators.linear) and self.dtype == "bfloat16"
 
     def passes_gradients(self, layer: int) -> bool:
         """Returns whether gradients go back into decoder layer `layer`, -1 for the embedding. They do not if the layer, all layers

@@ -90,7 +90,8 @@ def load_stages(recipe: Recipe, communicator: Communicator, path: Path) -> Stage
 
     def load() -> nn.Module:
         checkpoint = Checkpoint(path)
-        as_trained = replace(recipe, operators=_as_trained(recipe, path, chip_of(communicator.device)))
+        plain = recipe.without_float8()  # generation never multiplies in float8
+        as_trained = replace(plain, operators=_as_trained(plain, path, chip_of(communicator.device)))
         _require_model(recipe, checkpoint)
         return local_model(as_trained, mesh, split, StoredWeights(checkpoint).fill, getattr(torch, recipe.train.stored_dtype))[0]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bagualu.trainer.operators.config import OperatorsConfig
-from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, FLOAT8, GENERATED, variants
+from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, FLOAT8, GENERATED, is_float8, variants
 
 ALIKE = 0.02
 """The usual variant is kept unless another takes less time than it by more than this fraction."""
@@ -83,6 +83,12 @@ def by_rule(usual: Sequence[str]) -> Chosen:
     return Chosen(usual[0] if len(set(usual)) == 1 else AUTO, USUAL)
 
 
+def changes_float8(recorded: ChosenOperators | None, config: OperatorsConfig, dtype: str) -> bool:
+    """Returns whether the variant of `linear` that a run has recorded does not go with train.dtype=`dtype`, and none is named."""
+    was = recorded.operators.get("linear") if recorded is not None else None
+    return config.linear == AUTO and was is not None and is_float8(was.variant) != (dtype == "float8")
+
+
 def kept(
     recorded: ChosenOperators | None, config: OperatorsConfig, chip: str, product: str, dtype: str
 ) -> tuple[dict[str, Chosen], list[str]]:
@@ -91,8 +97,8 @@ def kept(
     the type of the ranks' device, `product` its product name."""
     settled, remarks = {}, []
     before = dict(recorded.operators) if recorded is not None else {}
-    if config.linear == AUTO and "linear" in before and (before["linear"].variant in FLOAT8) != (dtype == "float8"):
-        remarks.append(f"train.dtype={dtype}: linear layers had operators.linear={before.pop('linear').variant} so far")
+    if changes_float8(recorded, config, dtype):
+        before.pop("linear")
     if config.linear == AUTO and dtype == "float8" and "linear" not in before:
         settled["linear"] = Chosen(FLOAT8[0], USUAL)
     for operator, variant in config.as_dict().items():

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, fields, replace
 
 from bagualu.comm.errors import RecipeError
-from bagualu.trainer.operators.registry import AUTO, FLOAT8, GENERATED, require_variant
+from bagualu.trainer.operators.registry import AUTO, FLOAT8, GENERATED, is_float8, require_variant
 
-_GENERATED = ("norm", "rotary", "gate", "loss", "update")
-"""The operators that have a variant "generated" (trainer/operators/generated)."""
+_GENERATED = ("norm", "rotary", "gate", "loss")
+"""The operators whose variant "generated" (trainer/operators/generated) train.compile chooses. `update` has one too, which a recipe
+must name: on a CPU it takes longer than torch's kernel."""
 
 
 @dataclass
@@ -31,7 +32,7 @@ class OperatorsConfig:
     linear: str = AUTO
     """The matrix products of linear layers, experts and the head: auto | torch: its own | tiles: on a CPU with AVX512-BF16, kernels
     in C++ | panels: on one with AVX2, for float32 and bfloat16 | any registered name. With train.dtype=float8, auto is
-    float8_rowwise: a scale for each row and column of a product; and float8_tensorwise has one scale for each matrix."""
+    float8_rowwise: a scale for each row and column of a product; float8_tensorwise has one scale for each matrix."""
 
     update: str = AUTO
     """The optimizer's update by AdamW: auto | fused: by torch's kernel | generated | any registered name."""
@@ -46,17 +47,17 @@ class OperatorsConfig:
 
     def in_float8(self) -> "OperatorsConfig":
         """Returns the same with linear layers in float8, by the usual variant if none is named."""
-        return self if self.linear in FLOAT8 else replace(self, linear=FLOAT8[0])
+        return self if is_float8(self.linear) else replace(self, linear=FLOAT8[0])
 
     def validate(self, chip: str | None, dtype: str) -> None:
         """Raises RecipeError for a variant that is not registered, that `chip` has not (None: the chip is not known yet), or that
         does not go with train.dtype=`dtype`."""
         for operator, variant in self.as_dict().items():
             require_variant(operator, variant, chip)
-        if dtype == "float8" and self.linear not in (AUTO, *FLOAT8):
+        if dtype == "float8" and self.linear != AUTO and not is_float8(self.linear):
             raise RecipeError(f"operators.linear={self.linear} does not multiply in float8, as train.dtype=float8 asks for; give "
                               f"operators.linear={FLOAT8[0]} or {FLOAT8[1]}, or train.dtype=bfloat16")  # fmt: skip
-        if dtype != "float8" and self.linear in FLOAT8:
+        if dtype != "float8" and is_float8(self.linear):
             raise RecipeError(f"operators.linear={self.linear} is for train.dtype=float8, but the recipe has train.dtype={dtype}; "
                               f"give train.dtype=float8, or operators.linear={AUTO}")  # fmt: skip
 

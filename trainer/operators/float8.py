@@ -13,17 +13,15 @@ e5m2; the other matrices are in e4m3 (FP8 Formats for Deep Learning, arXiv 2209.
 Shapes: N rows, I input width, O output width, A rows of any matrix, K the width over which a product adds up.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import ScalingType, scaled_mm
 
-from bagualu.parallel.precision import float8_products, multiply_dtype
+from bagualu.parallel.precision import multiply_dtype
 from bagualu.parallel.products import Products, torch_products
+from bagualu.trainer.operators.registry import FLOAT8_MULTIPLE
 
-WIDTH_MULTIPLE = 16
-"""GPUs multiply matrices in float8 only if widths are multiples of this."""
 _LEAST_SCALE = 2.0**-100
 """The scale of numbers so small that dividing by their own might overflow, and of zeros."""
 _LEAST_CAPABILITY = (8, 9)
@@ -41,7 +39,7 @@ class Scaled:
     """A matrix in float8 that stands for values * scale."""
 
     values: torch.Tensor
-    """[A, K], with elements of a row side by side; K is padded with zeros to a multiple of WIDTH_MULTIPLE."""
+    """[A, K], with elements of a row side by side; K is padded with zeros to a multiple of FLOAT8_MULTIPLE."""
     scale: torch.Tensor
     """float32: [A, 1], or [] for the whole matrix."""
 
@@ -52,8 +50,8 @@ def scaled(x: torch.Tensor, dtype: torch.dtype, by_row: bool) -> Scaled:
     highest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True) if by_row else torch.linalg.vector_norm(x, torch.inf)
     scale = (highest.float() / torch.finfo(dtype).max).clamp(min=_LEAST_SCALE)  # NaN stays NaN
     width = x.shape[1]
-    values = x.new_empty(len(x), -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, dtype=dtype)
-    values[:, :width].copy_(x.float().div_(scale) if x.dtype != torch.float32 else x / scale)  # within float8's range
+    values = x.new_empty(len(x), -(-width // FLOAT8_MULTIPLE) * FLOAT8_MULTIPLE, dtype=dtype)
+    values[:, :width].copy_(x / scale.expand(len(x), 1))  # divided in float32; within float8's range
     if values.shape[1] > width:
         values.view(torch.uint8)[:, width:].zero_()
     return Scaled(values, scale)
@@ -62,26 +60,28 @@ def scaled(x: torch.Tensor, dtype: torch.dtype, by_row: bool) -> Scaled:
 def multiply(left: Scaled, right: Scaled, dtype: torch.dtype) -> torch.Tensor:
     """Returns the product [A, B] in `dtype`, bfloat16 or float32, of left [A, K] and the transposed right [B, K]."""
     if left.scale.dim() and dtype == torch.float32:  # GPUs return products with a scale for each row only in bfloat16
-        return _multiply(left.values, right.values, left.scale.new_ones(()), dtype).mul_(left.scale).mul_(right.scale.T)
+        whole = left.scale.new_ones(())
+        return _multiply(left.values, right.values, whole, whole, dtype).mul_(left.scale).mul_(right.scale.T)
     if left.scale.dim():
         return scaled_mm(
             left.values, right.values.T, left.scale, ScalingType.RowWise, right.scale.T, ScalingType.RowWise, output_dtype=dtype
         )
-    return _multiply(left.values, right.values, left.scale, dtype, right.scale)
+    return _multiply(left.values, right.values, left.scale, right.scale, dtype)
 
 
 def _multiply(
-    left: torch.Tensor, right: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, other: torch.Tensor | None = None
+    left: torch.Tensor, right: torch.Tensor, of_left: torch.Tensor, of_right: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Returns left [A, K] @ right.T [K, B] times two scalars, by default the same, without the option of GPUs to add up in fewer
-    bits than float32."""
+    """Returns left [A, K] @ right.T [K, B] times two scalars, without the option of GPUs to add up in fewer bits than float32."""
     kind = ScalingType.TensorWise
-    return scaled_mm(left, right.T, scale, kind, scale if other is None else other, kind, output_dtype=dtype)
+    return scaled_mm(left, right.T, of_left, kind, of_right, kind, output_dtype=dtype)
 
 
 class ProductsInFloat8(Products):
     """A variant of the operator `linear`, of weights in bfloat16. torch's functions compute products whose widths are not multiples
-    of WIDTH_MULTIPLE, in bfloat16."""
+    of FLOAT8_MULTIPLE, in bfloat16."""
+
+    in_groups = False
 
     def __init__(self, by_row: bool) -> None:
         """`by_row`: whether each row and column has a scale of its own, rather than each matrix."""
@@ -94,8 +94,10 @@ class ProductsInFloat8(Products):
 
     def lacks_on(self, chip: str) -> str | None:
         """Returns what these products need and this machine has not, for runs on `chip`; None if nothing."""
-        if chip != "cuda":
+        if chip == "cpu":
             return None
+        if chip != "cuda":
+            return self._refusal(chip)
         if torch.version.hip is not None:
             name = torch.cuda.get_device_properties().gcnArchName
             return None if name.startswith(_AMD) else "a GPU that multiplies float8 in the formats e4m3fn and e5m2 (MI350 or later)"
@@ -103,25 +105,28 @@ class ProductsInFloat8(Products):
             return None
         return "a GPU that multiplies float8 (NVIDIA's of compute capability 8.9 or later, as L40S or H100)"
 
-    def multiplies_groups(self, rows: torch.Tensor) -> bool:
-        return rows.is_meta  # predictions are of a kernel that multiplies for all experts in float8, as other frameworks have it
-
-    def grouped(self, left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        widths = right.shape[1:] if right.dim() == 3 else (left.shape[0], right.shape[1])
-        with float8_products(left) if self.computes(left.dtype, 1, *widths) else nullcontext():
-            return super().grouped(left, right, ends)
+    def _refusal(self, chip: str) -> str | None:
+        """Returns what a small product of each kind lacks on `chip`, by torch's own words; None if they are computed."""
+        try:
+            x = torch.ones(FLOAT8_MULTIPLE, FLOAT8_MULTIPLE, dtype=torch.bfloat16, device=chip)
+            right = scaled(x, torch.float8_e4m3fn, self._by_row)
+            for dtype in {torch.float8_e4m3fn, self.of_gradients}:
+                for result in _READ:
+                    multiply(scaled(x, dtype, self._by_row), right, result)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return f"products in float8 on the chip {chip} ({reason})"
+        return None
 
     def operand(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if x.dtype not in _READ or dtype not in _READ:
             return super().operand(x, dtype)
-        if x.is_meta:
-            return x
         operand = x.view(x.shape)  # an object of its own, which lives as long as the layer's products need it
         setattr(operand, _KEPT, {})
         return operand
 
     def computes(self, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> bool:
-        aligned = inputs % WIDTH_MULTIPLE == outputs % WIDTH_MULTIPLE == 0
+        aligned = inputs % FLOAT8_MULTIPLE == outputs % FLOAT8_MULTIPLE == 0
         return dtype == torch.bfloat16 and min(rows, inputs, outputs) > 0 and aligned
 
     def outputs(
@@ -136,10 +141,6 @@ class ProductsInFloat8(Products):
         if not self._narrows((rows, weight), rows.numel() // max(1, rows.shape[-1]), *weight.shape):
             alike, same = _alike(rows, weight)
             found = super().outputs(alike, same, None if bias is None else bias.to(alike.dtype), dtype=result)
-        elif rows.is_meta:
-            with float8_products(rows):
-                added = None if bias is None else bias.to(weight.dtype)
-                return super().outputs(rows.to(weight.dtype), weight, added, into, result)
         else:
             left = self._kept(rows, "rows", rows.reshape(-1, rows.shape[-1]))
             found = multiply(left, scaled(weight, torch.float8_e4m3fn, self._by_row), _returned(result)).to(result)
@@ -151,11 +152,6 @@ class ProductsInFloat8(Products):
     ) -> torch.Tensor:
         if not self._narrows((columns, weight), len(columns), *weight.shape):
             found = super().plus_input_gradient(None, *_alike(columns, weight)).to(columns.dtype)
-        elif columns.is_meta:
-            with float8_products(columns):
-                if columns.dtype == weight.dtype:
-                    return super().plus_input_gradient(total, columns, weight, into)
-                found = super().plus_input_gradient(None, columns.to(weight.dtype), weight).to(columns.dtype)
         else:
             left = scaled(columns, self.of_gradients, self._by_row)
             found = multiply(left, scaled(weight.T, torch.float8_e4m3fn, self._by_row), _returned(columns.dtype))
@@ -166,9 +162,6 @@ class ProductsInFloat8(Products):
     def add_weight_gradient(self, total: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor, fresh: bool) -> None:
         if not self._narrows((columns, rows), len(rows), *total.shape):
             super().add_weight_gradient(total, *_alike(columns, rows), fresh)
-        elif rows.is_meta:
-            with float8_products(rows):
-                super().add_weight_gradient(total, columns.to(torch.bfloat16), rows.to(torch.bfloat16), fresh)
         else:
             right = self._kept(rows, "columns", rows.T)
             found = multiply(scaled(columns.T, self.of_gradients, self._by_row), right, torch.float32)
@@ -203,5 +196,5 @@ def _returned(dtype: torch.dtype) -> torch.dtype:
 def _alike(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns both in the wider of their dtypes or, if this device multiplies numbers like these faster in another, in that."""
     wider = one if torch.promote_types(one.dtype, other.dtype) == one.dtype else other
-    dtype = wider.dtype if wider.is_meta else multiply_dtype(wider)
+    dtype = multiply_dtype(wider)
     return one.to(dtype), other.to(dtype)

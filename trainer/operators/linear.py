@@ -13,9 +13,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from bagualu.parallel.data.reducer import GradientSink, gradient_sink
-from bagualu.parallel.precision import accurate_dtype, linear_products, multiply_dtype, on_nvidia
+from bagualu.parallel.precision import accurate_dtype, multiply_dtype, on_nvidia
 from bagualu.parallel.products import Products, torch_products
 from bagualu.trainer.operators.packed import multiply_packed
 
@@ -57,13 +58,12 @@ def _outputs(
 ) -> tuple[torch.Tensor, ...]:
     """Returns what `linears` does, without a record for a backward pass."""
     rows, outputs = products.operand(_times(x, factor), dtype), []
-    with linear_products(x):
-        for weight, bias in zip(weights, biases or (None,) * len(weights), strict=True):
-            added, result = None if bias is None else bias.to(dtype), dtype if wide else weight.dtype
-            if weight.is_mkldnn:
-                outputs.append(multiply_packed(rows.to(dtype), weight, added).to(result))
-            else:
-                outputs.append(products.outputs(rows, weight, added, dtype=result))
+    for weight, bias in zip(weights, biases or (None,) * len(weights), strict=True):
+        added, result = None if bias is None else bias.to(dtype), dtype if wide else weight.dtype
+        if weight.is_mkldnn:
+            outputs.append(multiply_packed(rows.to(dtype), weight, added).to(result))
+        else:
+            outputs.append(products.outputs(rows, weight, added, dtype=result))
     return tuple(outputs)
 
 
@@ -93,14 +93,13 @@ class _Linears(torch.autograd.Function):
         needed, count = ctx.needs_input_grad[6:], len(weights)
         grad_weights: list[torch.Tensor | None] = []
         grad_biases: list[torch.Tensor | None] = [None] * (len(needed) - count)
-        with linear_products(x):
-            for index, (grad, weight, sink) in enumerate(zip(grads, weights, ctx.sinks, strict=True)):
-                columns = products.operand(grad.reshape(-1, grad.shape[-1]), dtype)
-                grad_weights.append(_weight_gradient(products, sink, weight, [columns], [rows]) if needed[index] else None)
-                if grad_biases and needed[count + index]:
-                    grad_biases[index] = _sum_of_rows(columns)
-                if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-                    grad_rows = products.plus_input_gradient(grad_rows, columns, weight)
+        for index, (grad, weight, sink) in enumerate(zip(grads, weights, ctx.sinks, strict=True)):
+            columns = products.operand(grad.reshape(-1, grad.shape[-1]), dtype)
+            grad_weights.append(_weight_gradient(products, sink, weight, [columns], [rows]) if needed[index] else None)
+            if grad_biases and needed[count + index]:
+                grad_biases[index] = _sum_of_rows(columns)
+            if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+                grad_rows = products.plus_input_gradient(grad_rows, columns, weight)
         grad_input = None if grad_rows is None else grad_rows.to(x.dtype).view_as(x)
         return None, None, None, None, *_of_factors(grad_input, x, factor), *grad_weights, *grad_biases
 
@@ -163,15 +162,13 @@ def _grouped_outputs(
     if _in_one_kernel(products, x, *weights):
         rows = _times(x, factor)
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
-        with linear_products(x):
-            return tuple(products.grouped(rows, weight.mT, ends) for weight in weights), ends
+        return tuple(F.grouped_mm(rows, weight.mT, offs=ends) for weight in weights), ends
     rows = products.operand(_times(x, factor), multiply_dtype(x))
     parts = [products.operand(part, rows.dtype) for part in rows.split(counts)]
     outputs = [rows.new_empty(x.shape[0], weight.shape[1]) for weight in weights]
-    with linear_products(x):
-        for output, weight in zip(outputs, weights, strict=True):
-            for part, out, expert in zip(parts, output.split(counts), weight, strict=True):
-                products.outputs(part, expert, into=out)
+    for output, weight in zip(outputs, weights, strict=True):
+        for part, out, expert in zip(parts, output.split(counts), weight, strict=True):
+            products.outputs(part, expert, into=out)
     return tuple(output.to(x.dtype) for output in outputs), None
 
 
@@ -188,15 +185,14 @@ class _GroupedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, factor, *weights = ctx.saved_tensors
-        with linear_products(x):
-            by_experts = _grouped_backward if ctx.ends is not None else _separate_backward
-            return None, *by_experts(ctx, x, factor, weights, grads)
+        by_experts = _grouped_backward if ctx.ends is not None else _separate_backward
+        return None, *by_experts(ctx, x, factor, weights, grads)
 
 
 def _in_one_kernel(products: Products, x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether the device has a kernel for the products of all experts together that accepts these tensors."""
     whole = all(size % _GROUPED_MULTIPLE == 0 for weight in weights for size in weight.shape[1:])
-    return products.multiplies_groups(x) and on_nvidia(x) and x.dtype == torch.bfloat16 and x.shape[0] > 0 and whole
+    return products.in_groups and on_nvidia(x) and x.dtype == torch.bfloat16 and x.shape[0] > 0 and whole
 
 
 def _separate_backward(
@@ -223,9 +219,9 @@ def _grouped_backward(
     grad_weights: list[torch.Tensor | None] = []
     for grad, weight, sink, trained in zip(grads, weights, ctx.sinks, ctx.needs_input_grad[4:], strict=True):
         columns = grad.contiguous()
-        through = ctx.products.grouped(columns, weight, ends)
+        through = F.grouped_mm(columns, weight, offs=ends)
         grad_input = through if grad_input is None else grad_input.add_(through)
-        compute = partial(_experts_gradient, ctx.products, columns, rows, ends)
+        compute = partial(_experts_gradient, columns, rows, ends)
         if sink is not None:
             sink.add_computed(compute)
         grad_weights.append(compute().to(accurate_dtype(weight.dtype)) if trained and sink is None else None)
@@ -233,11 +229,10 @@ def _grouped_backward(
     return *_of_factors(grad_input, x, factor), None, *grad_weights
 
 
-def _experts_gradient(products: Products, columns: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def _experts_gradient(columns: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Returns the gradients [E, O, I] of the weights of experts, given the gradients of their outputs [N, O] and their inputs [N,
     I], of which expert e has the rows up to ends[e]. It may run later than the rest of the backward pass."""
-    with linear_products(rows):
-        return products.grouped(columns.T, rows, ends)
+    return F.grouped_mm(columns.T, rows, offs=ends)
 
 
 def _weight_gradient(

@@ -28,9 +28,10 @@ DEFAULT_VARIANTS = {
     "update": "fused",
 }  # fmt: skip
 """For each operator the variant that takes all arguments on every chip."""
+FLOAT8_MULTIPLE = 16
+"""GPUs multiply matrices in float8 only if widths are multiples of this."""
 FLOAT8 = ("float8_rowwise", "float8_tensorwise")
-"""The variants of `linear` for train.dtype=float8, the usual one first. They round more than the others, so that none is chosen by
-its time."""
+"""This package's variants of `linear` for train.dtype=float8, the usual one first."""
 _OWN = [
     EntryPoint("attention.blocks.cpu", "bagualu.trainer.operators.attention:attention_blocks", GROUP),
     EntryPoint("attention.kernel", "bagualu.trainer.operators.attention:attention_kernel", GROUP),
@@ -52,6 +53,12 @@ _OWN = [
     EntryPoint("update.generated", "bagualu.trainer.operators.generated.update:adamw", GROUP),
 ]
 """The entries of this package; one of another package with the same name on the same chip is not taken."""
+
+
+def is_float8(variant: str) -> bool:
+    """Returns whether `variant` of `linear` is for train.dtype=float8: whether its name begins with float8_, whoever has registered
+    it. Such a variant rounds more than others, so that none is chosen by its time."""
+    return variant.startswith("float8_")
 
 
 def variants(operator: str, chip: str | None = None) -> dict[str, EntryPoint]:

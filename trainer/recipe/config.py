@@ -25,7 +25,7 @@ from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.decoder.config import LONGEST_ALIBI, ModelConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.operators.config import OperatorsConfig
-from bagualu.trainer.operators.registry import GENERATED
+from bagualu.trainer.operators.registry import AUTO, FLOAT8_MULTIPLE, GENERATED, is_float8
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.recipe.deepspeed import DeepSpeedTerms
 from bagualu.trainer.recipe.override_text import typed
@@ -334,6 +334,11 @@ class Recipe:
         named = self.operators.in_float8() if self.train.dtype == "float8" else self.operators
         return named.generated() if self.train.compile is True else named
 
+    def without_float8(self) -> "Recipe":
+        """Returns the recipe with weights stored in the same dtype and no product in float8."""
+        named = replace(self.operators, linear=AUTO) if is_float8(self.operators.linear) else self.operators
+        return replace(self, train=replace(self.train, dtype=self.train.stored_dtype), operators=named)
+
     @property
     def generates(self) -> bool:
         """Whether torch's compiler generates kernels of operators."""
@@ -425,6 +430,21 @@ class Recipe:
         if model.moe.experts % layout.expert:
             raise RecipeError(f"model.moe.experts={model.moe.experts} is not divisible by parallel.expert={layout.expert}; "
                               f"give model.moe.experts={-(-model.moe.experts // layout.expert) * layout.expert}")  # fmt: skip
+        if self.train.dtype == "float8":
+            self._validate_float8(layout)
+
+    def _validate_float8(self, layout: Layout) -> None:
+        """Raises RecipeError if no linear layer can multiply in float8. One width of each is model.hidden."""
+        hidden, heads = self.model.hidden, ("model.heads", "model.kv_heads")
+        others = {
+            name: width // layout.tensor * (self.model.head_width if name in heads else 1)
+            for name, width in self.tensor_widths().items()
+        }
+        if hidden % FLOAT8_MULTIPLE or all(width % FLOAT8_MULTIPLE for width in others.values()):
+            widths = " and ".join(map(str, dict.fromkeys(others.values())))
+            raise RecipeError(f"train.dtype=float8 multiplies matrices whose widths are multiples of {FLOAT8_MULTIPLE}, and no "
+                              f"layer has such a matrix on a rank (model.hidden={hidden} by {widths}); change the model's widths, "
+                              "or give train.dtype=bfloat16")  # fmt: skip
 
     def _validate_pipeline(self, layout: Layout) -> None:
         parallel = self.parallel

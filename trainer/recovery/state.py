@@ -326,7 +326,7 @@ def _check_moments(state: TrainerState, checkpoint: Checkpoint) -> None:
 
 
 def _check_dtype(saved: str, here: str, path: Path) -> None:
-    """Raises RecipeError unless both dtypes are float64 or neither is: with the other three, master weights are float32, so a run
+    """Raises RecipeError unless both dtypes are float64 or neither is: with all others, master weights are float32, so a run
     may change between them."""
     if (saved == "float64") != (here == "float64"):
         raise RecipeError(f"{path} was saved with train.dtype={saved} but the recipe has {here}; "

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 Formula = Callable[..., int]
@@ -23,13 +22,6 @@ def flops_of(operator: Any, arguments: Sequence[Any], named: Mapping[str, Any], 
     if counted := flop_registry.get(packet):
         return int(counted(*arguments, **named, out_val=result))
     return 0
-
-
-def factors_of(operator: Any, arguments: Sequence[Any]) -> list[Tensor]:
-    """Returns the matrices that a call of `operator` multiplies, without one to which their product is added; [] if it multiplies
-    none or is no plain product."""
-    first = _FACTORS.get(_not_in_place(operator.overloadpacket))
-    return [] if first is None else list(arguments[first : first + 2])
 
 
 def _not_in_place(packet: Any) -> Any:
@@ -58,6 +50,11 @@ def _grouped(operator: Any, arguments: Sequence[Any], named: Mapping[str, Any], 
     return 2 * int(left.shape[-2]) * int(left.shape[-1]) * int(right.shape[-1])
 
 
+def _scaled(operator: Any, arguments: Sequence[Any], named: Mapping[str, Any], result: Any) -> int:
+    """A product of matrices in float8."""
+    return int(flop_registry[_ATEN.mm](arguments[0], arguments[1], out_val=result))
+
+
 def _added(operator: Any, arguments: Sequence[Any], named: Mapping[str, Any], result: Any) -> int:
     """A matrix plus a product, of which torch's formula does not expect a dtype for the result."""
     return int(flop_registry[_ATEN.mm](arguments[1], arguments[2], out_val=result))
@@ -69,7 +66,6 @@ _FORMULAS: dict[Any, Formula] = {
     _ATEN._scaled_dot_product_flash_attention_backward: _attention(5),
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention(5),
     _ATEN._grouped_mm: _grouped,
+    _ATEN._scaled_mm_v2: _scaled,
     _ATEN.addmm: _added,
 }
-_FACTORS = {_ATEN.mm: 0, _ATEN.bmm: 0, _ATEN._grouped_mm: 0, _ATEN.addmm: 1, _ATEN.baddbmm: 1}
-"""The index of the first of two matrices among the arguments of a product."""

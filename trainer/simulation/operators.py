@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bagualu.parallel.simulation.events import Operator, TensorType
 from bagualu.trainer.simulation.flops import flops_of
 
-FLOAT8 = "float8_e4m3fn"
 _OVERWRITES = ("aten::copy_", "aten::zero_", "aten::fill_")
 """In-place operators that do not read what they write to."""
 _COMPUTE_NOTHING = (
@@ -35,20 +34,18 @@ class Operators:
         result: Any,
         given: list[Tensor],
         made: list[Tensor],
-        float8: Sequence[Tensor] = (),
     ) -> Operator:
-        """Returns the description of a call of `func`. `given`: the tensors among its arguments; `made`: those of its result;
-        `float8`: those arguments in bfloat16 that stand for tensors in float8."""
+        """Returns the description of a call of `func`. `given`: the tensors among its arguments; `made`: those of its
+        result."""
         flags = tuple(arg for arg in args if isinstance(arg, bool))
-        key = func, flags, len(float8), *((tensor.dtype, tensor.shape, tensor.stride()) for tensor in (*given, *made))
+        key = func, flags, *((tensor.dtype, tensor.shape, tensor.stride()) for tensor in (*given, *made))
         if (known := self._known.get(key)) is None:
             reads, writes = read_and_written(func, args, named)
-            narrow = {id(tensor) for tensor in float8}
             known = self._known[key] = Operator(
                 name=str(func),
-                inputs=tuple(TensorType(FLOAT8, tuple(one.shape)) if id(one) in narrow else _type_of(one) for one in given),
+                inputs=tuple(map(_type_of, given)),
                 outputs=tuple(map(_type_of, made)),
-                read_bytes=sum(map(bytes_of, reads)) - sum(bytes_of(tensor) // 2 for tensor in float8),
+                read_bytes=sum(map(bytes_of, reads)),
                 written_bytes=sum(map(bytes_of, writes or made)),
                 flops=flops_of(func, args, named, result),
             )
@@ -118,12 +115,6 @@ def read_and_written(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -
         writes += tensors if changed else []
         reads += [] if changed and (overwrites or argument.is_out) else tensors
     return reads, writes
-
-
-def converted(tensor: Tensor) -> Operator:
-    """Returns the kernel that makes a copy of `tensor` [...], which is in bfloat16, in float8."""
-    shape, size = tuple(tensor.shape), tensor.numel()
-    return Operator("bagualu.to_float8", (_type_of(tensor),), (TensorType(FLOAT8, shape),), 2 * size, size, 0)
 
 
 def generated(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> Operator:

@@ -136,7 +136,9 @@ def predict(
     cluster = cluster.for_world(world)
     recipe = on_cluster(recipe, cluster)
     layout = recipe.validate(world)
-    peaks = sum((part.devices or 0) * part.chip.peak(recipe.train.dtype) for part in cluster.parts)
+    for part in cluster.parts:
+        part.chip.peak(recipe.train.dtype)  # refuses a chip that has none
+    peaks = sum((part.devices or 0) * part.chip.peak(recipe.train.stored_dtype) for part in cluster.parts)  # as in a run
     roles = trace_world(recipe, world, Traced(chip=chip_type(cluster), shares=shares, results=results or Results()))
 
     def seconds(rank: int, operator: Operator) -> float:

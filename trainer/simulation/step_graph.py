@@ -1,7 +1,6 @@
 """The graph (torch.fx) of what a rank executes in a training step: its operators, and whose results each of them reads."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,9 +51,6 @@ class Around(Protocol):
 
     chip: str
 
-    def linear_products(self) -> AbstractContextManager[Any]: ...
-    def float8_products(self) -> AbstractContextManager[Any]: ...
-
 
 class StepGraph(TorchDispatchMode):
     """Within this context, adds each operator of the thread to `graph`.
@@ -70,7 +66,6 @@ class StepGraph(TorchDispatchMode):
         super().__init__()
         self.graph = fx.Graph()
         self.chip, self._place = around.chip, place
-        self.linear_products, self.float8_products = around.linear_products, around.float8_products
         self._operators = Operators()
         self._storages: dict[int, _Storage] = {}
         """By address. A storage is kept, so that no other gets its address."""

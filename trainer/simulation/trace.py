@@ -39,9 +39,8 @@ from bagualu.trainer.data.split import NOTHING
 from bagualu.trainer.data.tokenised import Corpus
 from bagualu.trainer.operators.kernel import Kernel
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.flops import factors_of
 from bagualu.trainer.simulation.loads import Shares, by_layer, give
-from bagualu.trainer.simulation.operators import Operators, computes, converted, generated, tensors_in
+from bagualu.trainer.simulation.operators import Operators, computes, generated, tensors_in
 from bagualu.trainer.simulation.results import Results
 from bagualu.trainer.step import train_step
 
@@ -64,11 +63,6 @@ class Tracer(TorchDispatchMode):
         """The ids of storages whose size has changed, as ZeRO-3 changes that of gathered weights, in the order of their first
         change."""
         self._operators, self._results = Operators(), results
-        self._converted: dict[tuple[int, int, int], int] | None = None
-        """Within the products of a linear layer, the blocks of memory of factors in float8, by the block of the factor in bfloat16,
-        its offset and size."""
-        self._float8 = False
-        """Whether products stand for products in float8."""
         self._in_one_kernel = False
         self.calls = 0
         """How many communications there were."""
@@ -87,7 +81,7 @@ class Tracer(TorchDispatchMode):
             if tensor.is_meta:
                 self._count(tensor)
         if computes(func) and any(tensor.is_meta for tensor in (made or given)):
-            self._write(self._operators.of(func, args, named, result, given, made, self._convert(func, args)))
+            self._write(self._operators.of(func, args, named, result, given, made))
         return result
 
     def as_one_kernel(self, kernel: Kernel, given: Sequence[Any]) -> Any:
@@ -104,46 +98,6 @@ class Tracer(TorchDispatchMode):
             self._count(tensor)
         self._write(generated(kernel.name, list(tensors_in(given)), made))
         return result
-
-    @contextmanager
-    def linear_products(self) -> Iterator[None]:
-        """See `precision.linear_products`. Each factor of products in float8 is converted once within this context, by a kernel of
-        its own. The outermost counts."""
-        if self._converted is not None:
-            yield
-            return
-        self._converted = {}
-        try:
-            yield
-        finally:
-            for (*_, size), block in self._converted.items():
-                self._write(Free(block, size))
-            self._converted = None
-
-    @contextmanager
-    def float8_products(self) -> Iterator[None]:
-        """See `precision.float8_products`."""
-        self._float8 = True
-        try:
-            yield
-        finally:
-            self._float8 = False
-
-    def _convert(self, func: Any, args: Sequence[Any]) -> list[Tensor]:
-        """Returns the factors of a product that stand for tensors in float8; [] outside `float8_products`. Writes down the kernels
-        that make those that there are not yet."""
-        if not self._float8:
-            return []
-        assert self._converted is not None, "a product in float8 is that of a linear layer"
-        factors = [tensor for tensor in factors_of(func, args) if tensor.dtype == torch.bfloat16]
-        for factor in factors:
-            key = self._blocks[id(factor.untyped_storage())][0], int(factor.storage_offset()), factor.numel()
-            if key not in self._converted:
-                self._converted[key] = len(self.kinds)
-                self.kinds.append(ACTIVATIONS)
-                self._write(Allocation(self._converted[key], factor.numel()))
-                self._write(converted(factor))
-        return factors
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

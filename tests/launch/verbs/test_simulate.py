@@ -196,6 +196,7 @@ def test_data_ranks_are_what_the_other_degrees_leave(capsys: pytest.CaptureFixtu
         (["cluster=h100", "world=8", "loads=skewed:9"], "the fullest of 4 experts has from 1 to 4 times the mean load, not 9"),
         (["cluster=h100", "world=8", "recipe=tiny_dense", "loads=skewed:1.5"], "has no effect on a model without experts"),
         (["cluster=h100", "world=8", "parallel.engine=deepspeed"], "give parallel.engine=native parallel.zero=1"),
+        (["cluster=mi300x", "world=8", "train.dtype=float8"], "train.dtype=float8: no matmul peak is known for MI300X 192GB"),
         (["cluster=sw26010pro", "world=8", "train.dtype=float8"], "no matmul peak is known for SW26010-Pro; give one of float64"),
         (["cluster=h100", "world=8", "stragglers=2%"], "stragglers=2% must be a fraction of at least 0 and below 1, e.g. stragg"),
         (["cluster=h100", "world=8", "stragglers=2"], "stragglers=2 must be a fraction"),

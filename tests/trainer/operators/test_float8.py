@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from bagualu.comm.errors import RecipeError
 from bagualu.parallel.pipeline.layer_slice import LayerSlice
 from bagualu.parallel.products import Products, torch_products
+from bagualu.trainer.costs.operator_times import measurable
 from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.model import Decoder, Head
-from bagualu.trainer.operators import float8
+from bagualu.trainer.operators import float8, registry
+from bagualu.trainer.operators.config import OperatorsConfig
 from bagualu.trainer.operators.float8 import ProductsInFloat8, Scaled, float8_rowwise, float8_tensorwise
 from bagualu.trainer.operators.operator_set import OperatorSet, variant_of
 from tests.trainer.operators.conformance import MANTISSA_BITS, check, draw
@@ -149,6 +152,30 @@ def test_so_is_an_amd_gpu_without_these_formats(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Properties)
     assert (float8_rowwise.lacks_on("cuda") is not None) == refused
+
+
+@pytest.mark.parametrize("chip", ["npu", "xpu", "mps", "hpu"])
+def test_another_chip_is_refused_unless_it_multiplies(monkeypatch: pytest.MonkeyPatch, chip: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        variant_of("linear", "float8_rowwise", chip)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"operators.linear=float8_rowwise needs products in float8 on the chip {chip} (")
+    assert line.endswith("provide it, or give train.dtype=bfloat16")
+    plain = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *sizes, device, **named: plain(*sizes, **named))
+    assert isinstance(variant_of("linear", "float8_rowwise", chip), ProductsInFloat8), "such a chip multiplies as the CPU does"
+
+
+def test_a_registered_variant_is_for_float8_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = EntryPoint("linear.float8_mine.npu", "bagualu.trainer.operators.float8:float8_rowwise", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [mine])
+    config = OperatorsConfig(linear="float8_mine")
+    config.validate("npu", "float8")
+    assert config.in_float8() == config
+    with pytest.raises(RecipeError, match=r"operators\.linear=float8_mine is for train\.dtype=float8"):
+        config.validate("npu", "bfloat16")
+    assert "float8_mine" in registry.variants("linear", "npu")
+    assert "float8_mine" not in measurable("linear", "npu"), "it is never chosen by its time"
 
 
 Change = Callable[[Scaled, torch.Tensor], Scaled]

@@ -1,6 +1,5 @@
 """A trace has what real ranks do: their communications, the FLOPs of their products and the memory of their tensors."""
 
-import math
 from collections import Counter
 from itertools import pairwise
 from math import prod
@@ -15,7 +14,7 @@ from bagualu.comm.group import Communicator
 from bagualu.comm.recording import RecordingBackend
 from bagualu.comm.world import World
 from bagualu.parallel.memory_kinds import KINDS
-from bagualu.parallel.simulation.events import RankTrace
+from bagualu.parallel.simulation.events import Operator, RankTrace
 from bagualu.trainer.assemble import TrainerState, assemble
 from bagualu.trainer.costs.tensor_memory import TensorMemory
 from bagualu.trainer.data.corpus import prepare
@@ -23,10 +22,11 @@ from bagualu.trainer.models.decoder.config import ModelConfig
 from bagualu.trainer.models.decoder.flops import attention_flops, layer_flops, model_flops_per_token
 from bagualu.trainer.models.decoder.layers import FeedForward
 from bagualu.trainer.models.decoder.shapes import layer_shapes
+from bagualu.trainer.operators.float8 import scaled
 from bagualu.trainer.recipe.compose import compose
 from bagualu.trainer.recipe.config import Recipe
-from bagualu.trainer.simulation.operators import FLOAT8
-from bagualu.trainer.simulation.trace import Traced, trace
+from bagualu.trainer.simulation.results import Results
+from bagualu.trainer.simulation.trace import Traced, Tracer, trace
 from bagualu.trainer.step import train_step
 from tests.harness import run
 from tests.parallel.simulation.held import peak
@@ -246,22 +246,27 @@ def test_products_of_linear_layers_are_in_float8_if_the_recipe_asks_for_it() -> 
     half, narrow = (
         trace(recipe_of("recipe=moe_tiny", f"train.dtype={dtype}", *words), 2, 1) for dtype in ("bfloat16", "float8")
     )  # fmt: skip
-    products = {dtype: [one for one in traced.operators() if one.flops] for dtype, traced in (("16", half), ("8", narrow))}
-    assert [one.flops for one in products["8"]] == [one.flops for one in products["16"]]
-    changed = Counter[str]()
-    for before, after in zip(products["16"], products["8"], strict=True):
-        narrowed = [given for given in after.inputs if given.dtype == FLOAT8]
-        assert len(narrowed) in (0, 2)
-        assert before.read_bytes - after.read_bytes == sum(math.prod(given.shape) for given in narrowed)
-        assert before.outputs == after.outputs
-        changed[after.name] += after.flops if narrowed else 0
+    assert narrow.flops() == half.flops()
+    products = [one for one in narrow.operators() if one.flops]
+    in_float8 = [one for one in products if any(given.dtype.startswith("float8") for given in one.inputs)]
+    assert {one.name for one in in_float8} == {"aten._scaled_mm_v2.default"}
     model = recipe_of("recipe=moe_tiny").model
     router = 2 * model.hidden * model.moe.experts  # in float32
-    assert changed.total() == sum(3 * (layer_flops(model, layer, 32).weights - router) for layer in (2, 3)) * 2 * 32
-    assert not {name for name, flops in changed.items() if flops and "attention" in name}
-    conversions = [one for one in narrow.operators() if one.name == "bagualu.to_float8"]
-    assert conversions
-    assert not [one for one in half.operators() if one.name == "bagualu.to_float8"]
+    expected = sum(3 * (layer_flops(model, layer, 32).weights - router) for layer in (2, 3)) * 2 * 32
+    assert sum(one.flops for one in in_float8) == expected
+    assert not [one for one in narrow.operators() if "grouped_mm" in one.name], "a run multiplies for one expert after another"
+
+
+def test_a_conversion_to_float8_is_traced_with_all_that_it_reads_and_writes() -> None:
+    tracer = Tracer("cuda", Results())
+    with tracer:
+        scaled(torch.empty(64, 32, dtype=torch.bfloat16, device="meta"), torch.float8_e4m3fn, by_row=True)
+    found = [event for section in tracer.end() for event in section.events if isinstance(event, Operator)]
+    of_all = [one for one in found if any(tensor.shape == (64, 32) for tensor in one.inputs)]
+    assert [one.name.split(".")[1] for one in of_all] == ["linalg_vector_norm", "div", "copy_"]
+    elements, rows = 64 * 32, 64
+    assert [one.read_bytes for one in of_all] == [2 * elements, 2 * elements + 4 * rows, 4 * elements]
+    assert [one.written_bytes for one in of_all] == [2 * rows, 4 * elements, elements]
 
 
 def test_weights_of_a_bucket_are_gathered_while_the_next_is_updated() -> None:
