@@ -247,7 +247,7 @@ def _linear(shape: LinearShape, dtype: torch.dtype, device: torch.device, draw: 
 
 def _update(shape: FlatShape, dtype: torch.dtype, device: torch.device, draw: torch.Generator) -> PreparedCall:
     weight, gradient = torch.randn(2, shape.elements, dtype=dtype, device=device, generator=draw)
-    working = weight.to(getattr(torch, shape.working))  # the same memory if the dtype is the same
+    working: torch.Tensor = weight.to(getattr(torch, shape.working))  # the same memory if the dtype is the same
     moments, step = torch.zeros(2, shape.elements, dtype=dtype, device=device), torch.ones((), device=device)
 
     def run(variant: Callable[..., None]) -> torch.Tensor:

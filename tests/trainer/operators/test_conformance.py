@@ -57,8 +57,8 @@ def test_results_and_gradients_are_those_of_the_formula(
     if variant == GENERATED:
         module = import_module(f"bagualu.trainer.operators.generated.{operator}")
         kernels = [value for value in vars(module).values() if isinstance(value, Kernel)]
-        unused = operator == "update"  # one of its kernels is for working weights in another dtype, one for the same
-        assert sum(one.is_generated for one in kernels) == len(kernels) - unused, "the plain function ran"
+        others = operator == "update"  # of its kernels one is for working weights in another dtype, one for the same
+        assert sum(one.is_generated for one in kernels) >= len(kernels) - others, "the plain function ran"
 
 
 MOE: dict[str, Any] = {"model__moe__experts": 4, "model__moe__top_k": 2, "model__moe__ffn": 8, "model__moe__every": 2}
