@@ -74,7 +74,7 @@ ROOMS = {
     "trainer/models/hugging_face": ("models/decoder",),
     "trainer/operators": (),
     "trainer/operators/generated": ("operators",),
-    "trainer/optim": (),
+    "trainer/optim": ("operators",),
     "trainer/output": ("optim", "process", "recipe"),
     "trainer/process": ("recipe",),
     "trainer/recipe": ("data", "models/decoder", "models/hugging_face", "operators", "optim"),
@@ -218,7 +218,7 @@ PRIVATE_NAMES_OF_TORCH = {
     "trainer/operators/inductor.py": {"_dynamo", "_guards", "_inductor", "_subclasses"},  # torch's compiler
     "trainer/operators/kept_code.py": {"_C", "_dynamo", "_torchinductor_pyobject_tensor_data_ptr"},  # what kernels are told
     "trainer/operators/packed.py": {"_reorder_linear_weight", "_linear_pointwise"},
-    "trainer/optim/rules.py": {"_fused_adamw_"},
+    "trainer/operators/update.py": {"_fused_adamw_"},
     "trainer/simulation/operators.py": {"_python_dispatch"},
     "trainer/simulation/step_graph.py": {"_python_dispatch"},
     "trainer/simulation/trace.py": {"_python_dispatch"},

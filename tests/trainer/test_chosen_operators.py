@@ -53,7 +53,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 def test_a_run_records_its_choice_and_keeps_it_bit_by_bit(tmp_path: Path) -> None:
     summary = trained(recipe_in(tmp_path / "whole", "blocks"))
-    assert summary["operators"] == OperatorsConfig("eager", "eager", "eager", "blocks", "eager", "torch").as_dict()
+    assert summary["operators"] == OperatorsConfig("eager", "eager", "eager", "blocks", "eager", "torch", "fused").as_dict()
     assert recorded(tmp_path / "whole")["attention"] == {"variant": "blocks", "why": "given", "seconds": {}}
     assert trained(recipe_in(tmp_path / "other"))["operators"]["attention"] == "kernel"
     assert trained(recipe_in(tmp_path / "stopped", "blocks"), stop_at=2)["ended"] == "stopped"

@@ -43,7 +43,20 @@ def test_compiled_and_eager_are_one_curve(tmp_path, words):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="generating kernels needs a C++ compiler (g++ on PATH)")
-@pytest.mark.parametrize("words", [[], ["train.recompute=full", "train.dtype=bfloat16"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["parallel.engine=native"], ["parallel.engine=fsdp"], ["optim.name=muon"]], ids=" ".join)
+def test_updates_by_a_generated_kernel_are_one_curve_with_those_by_torchs(tmp_path, words):
+    for variant in ("fused", "generated"):
+        run("gloo", 2, trained, tmp_path / variant, f"operators.update={variant}", "parallel.data=2", *words)
+    assert_same_curve(tmp_path / "generated", tmp_path / "fused", 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="generating kernels needs a C++ compiler (g++ on PATH)")
+@pytest.mark.parametrize(
+    "words",
+    [[], ["train.recompute=full", "train.dtype=bfloat16"], ["operators.update=generated", "train.dtype=bfloat16"]],
+    ids=" ".join,
+)
 def test_a_compiled_run_that_resumes_has_the_same_bits(tmp_path, words):
     """Validation and the head's last chunk bring other sizes in between."""
     sizes = ["data.sequence_length=96", "data.global_batch=16", "train.micro_batch=16"]

@@ -200,7 +200,7 @@ def test_what_is_not_finite_is_not_loaded(tmp_path: Path) -> None:
 def test_large_shards_are_updated_in_pieces_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_in(tmp_path, "zero_0", parallel__data=1, train__dtype="float64")
     whole = gather([one.pieces for one in run("simulated", 1, curve, recipe, 3)])
-    monkeypatch.setattr(sharded, "_PIECE", 24)
+    monkeypatch.setattr(sharded, "PIECE", 24)
     pieces = gather([one.pieces for one in run("simulated", 1, curve, recipe, 3)])
     for name, values in whole.items():
         assert abs(pieces[name] - values).max() <= 1e-14

@@ -91,12 +91,12 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
             continue
         calls = [case for case in cases if case.operator == operator]
         usual = [_usual(case, chip) for case in calls] or [DEFAULT_VARIANTS[operator]]
-        seconds = sum(case.calls * case.call_seconds for case in calls) * micro_batches / recipe.parallel.pipeline
+        times = [case.calls * case.call_seconds * (1 if case.each_step else micro_batches) for case in calls]
+        seconds = sum(times) / recipe.parallel.pipeline
         again = operator == "linear" and changed
         measures = (again or not begun) and recipe.comm.backend != "simulated" and seconds >= LEAST_SECONDS
         if measures and len(measurable(operator, chip)) > 1:
-            times = _times(calls, communicator.device, cache_folder(recipe.data))
-            chosen[operator] = quickest(usual, times)
+            chosen[operator] = quickest(usual, _times(calls, communicator.device, cache_folder(recipe.data)))
             remarks += _remark(operator, chosen[operator])
         else:
             chosen[operator] = by_rule(usual)
@@ -128,7 +128,7 @@ def _usual(case: OperatorCalls, chip: str) -> str:
 
 
 def _times(cases: Sequence[OperatorCalls], device: torch.device, cache: Path) -> list[dict[str, float]]:
-    """Returns, for each case, the seconds of all its calls in a micro-batch, by variant."""
+    """Returns, for each case, the seconds of all its calls in a micro-batch or an update, by variant."""
     return [{name: seconds * case.calls for name, seconds in times_of(case, device, cache).items()} for case in cases]
 
 
@@ -136,7 +136,8 @@ def _remark(operator: str, chosen: Chosen) -> list[str]:
     if chosen.why != MEASURED:
         return []
     times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in chosen.seconds.items())
-    return [f"operators.{operator}={chosen.variant}, as measured: {times} for a micro-batch"]
+    of = "an update" if operator == "update" else "a micro-batch"
+    return [f"operators.{operator}={chosen.variant}, as measured: {times} for {of}"]
 
 
 def _recorded(recipe: Recipe) -> tuple[ChosenOperators | None, bool]:

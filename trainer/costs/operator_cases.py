@@ -7,6 +7,7 @@ rank; N rows, I input width, O output width of a linear layer.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -16,10 +17,14 @@ from bagualu.parallel.precision import accurate_dtype, multiply_dtype
 from bagualu.parallel.products import Products
 from bagualu.trainer.costs.work import ModelWork
 from bagualu.trainer.models.decoder.flops import attention_flops
+from bagualu.trainer.models.decoder.shapes import parameter_shapes
+from bagualu.trainer.operators.update import PIECE
 
 _FLOPS_PER_SECOND = 6e10
 _BYTES_PER_SECOND = 1e10
 """Estimates for a core or two, by which small work is recognised. What is larger is measured, on any chip."""
+_MOST_ELEMENTS = 2**24
+"""The most elements of an update that is measured on an accelerator, which updates whole shards at a time."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,14 @@ class RowsShape:
 
 
 @dataclass(frozen=True)
+class FlatShape:
+    """An update of a flat buffer [n] of master weights, with working weights of a dtype."""
+
+    elements: int
+    working: str
+
+
+@dataclass(frozen=True)
 class LinearShape:
     """A linear layer [O, I] of rows [N, I]."""
 
@@ -75,12 +88,14 @@ class OperatorCalls:
     """Calls of `operator` that are alike, in a step."""
 
     operator: str
-    shape: AttentionShape | RowsShape | LinearShape
+    shape: AttentionShape | RowsShape | LinearShape | FlatShape
     dtype: str
     calls: int
     """How many there are for each micro-batch, in all layers."""
     call_seconds: float
     """An estimate of the time of a call, with its backward pass."""
+    each_step: bool = False
+    """Whether there are so many calls in a step, rather than for each micro-batch."""
 
     def describe(self) -> dict[str, Any]:
         """Returns what the times of a call depend on besides the device."""
@@ -93,8 +108,8 @@ class OperatorCalls:
 
 
 def cases_of(work: ModelWork) -> Iterator[OperatorCalls]:
-    """Yields the calls of all operators in the layers and the head of a run. Calls outside of layers, of which there are few, are
-    left out."""
+    """Yields the calls of all operators in the layers and the head of a run, and in its updates. Calls of other operators outside
+    of layers, of which there are few, are left out."""
     model, tensor, tokens = work.model, work.layout.tensor, work.tokens
     heads, key_heads = model.heads // tensor, max(1, model.key_value_heads // tensor)
     multiplied = "float32" if work.widens else work.dtype  # the dtype in which queries and keys are projected
@@ -126,6 +141,19 @@ def cases_of(work: ModelWork) -> Iterator[OperatorCalls]:
     yield replace(rows("loss", chunk, model.padded_vocab // tensor, -(-tokens // chunk)), dtype=multiplied)
     for linear, calls in _linear_shapes(work).items():
         yield OperatorCalls("linear", linear, work.dtype, calls, linear.flops / _FLOPS_PER_SECOND)
+    if elements := _updated_elements(work):
+        piece = min(elements, PIECE if work.on_cpu else _MOST_ELEMENTS)
+        moved = piece * (7 * work.accurate_bytes + work.item_bytes)
+        wide = work.dtype if work.dtype == "float64" else "float32"
+        seconds = moved / _BYTES_PER_SECOND
+        yield OperatorCalls("update", FlatShape(piece, work.dtype), wide, -(-elements // piece), seconds, each_step=True)
+
+
+def _updated_elements(work: ModelWork) -> int:
+    """Returns about how many elements AdamW, which alone keeps two moments, updates on the ranks of all stages together."""
+    shapes = parameter_shapes(work.model).items()
+    elements = sum(prod(shape) for name, shape in shapes if name not in work.frozen and work.moments.get(name, 2) == 2)
+    return elements // (work.layout.tensor * (work.layout.data if work.zero else 1))
 
 
 def _linear_shapes(work: ModelWork) -> Counter[LinearShape]:
@@ -217,6 +245,18 @@ def _linear(shape: LinearShape, dtype: torch.dtype, device: torch.device, draw: 
     return PreparedCall(run, [], lambda products: products.computes(dtype, shape.rows, shape.inputs, shape.outputs))
 
 
+def _update(shape: FlatShape, dtype: torch.dtype, device: torch.device, draw: torch.Generator) -> PreparedCall:
+    weight, gradient = torch.randn(2, shape.elements, dtype=dtype, device=device, generator=draw)
+    working: torch.Tensor = weight.to(getattr(torch, shape.working))  # the same memory if the dtype is the same
+    moments, step = torch.zeros(2, shape.elements, dtype=dtype, device=device), torch.ones((), device=device)
+
+    def run(variant: Callable[..., None]) -> torch.Tensor:
+        variant(weight, working, gradient, *moments, step, 0.999, 1e-4, 0.1, (0.9, 0.95), 1e-8)
+        return working
+
+    return PreparedCall(run, [])
+
+
 _PREPARE: dict[str, Callable[..., PreparedCall]] = {
     "attention": _attention,
     "norm": _norm,
@@ -224,4 +264,5 @@ _PREPARE: dict[str, Callable[..., PreparedCall]] = {
     "gate": _gate,
     "loss": _loss,
     "linear": _linear,
+    "update": _update,
 }

@@ -67,11 +67,14 @@ class TensorMemory(TorchDispatchMode):
         return result
 
     def as_one_kernel(self, kernel: Kernel, given: Sequence[Any]) -> Any:
-        """Returns what a generated kernel does, and counts its results. It must run as it does outside of this context."""
+        """Returns what a generated kernel does, and counts its results, but not arguments that it changes. It must run as it does
+        outside of this context."""
         with _disable_current_modes():
             result = kernel(*given)
         for tensor in result if isinstance(result, tuple) else (result,):
-            self._count(tensor.untyped_storage())
+            storage = tensor.untyped_storage()
+            if id(storage) in self._held or not _among(storage, given):
+                self._count(storage)
         return result
 
     @classmethod

@@ -29,7 +29,7 @@ from bagualu.parallel.untrained import untrained_of
 from bagualu.trainer.engine.deepspeed_library import load
 from bagualu.trainer.engine.deepspeed_parts import Members, ZeroPart, sharded_part
 from bagualu.trainer.engine.deepspeed_zero import FlatZero, Ranks, ShardedZero, Subset, Zero
-from bagualu.trainer.engine.local_model import local_model
+from bagualu.trainer.engine.local_model import local_model, operators_of
 from bagualu.trainer.engine.sharded import ShardedEngine, untrained_shard
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.optim.sharded import ShardedOptimizer
@@ -67,7 +67,7 @@ class DeepSpeedEngine(ShardedEngine):
             self._zeros.append(zero)
             self._call = zero.engine
         parts = [part for zero in self._zeros for part in zero.parts]
-        optimizer = ShardedOptimizer(parts, recipe.optim, device, recipe.run.seed)
+        optimizer = ShardedOptimizer(parts, recipe.optim, device, recipe.run.seed, operators_of(recipe, device).update)
         self._places = {part.shard_weights.data_ptr(): place for place, part in enumerate(parts)}
         divided = list(_frozen_parts(frozen, mesh)) if self._stage == 3 else []
         untrained = list(untrained_of(model, plan, mesh, frozen=self._stage < 3))

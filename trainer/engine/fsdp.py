@@ -24,7 +24,7 @@ from bagualu.parallel.precision import accurate_dtype
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.parallel.untrained import Untrained, untrained_of
 from bagualu.trainer.engine.fsdp_units import Unit, fully_sharded, shard_group, split_dim
-from bagualu.trainer.engine.local_model import local_model
+from bagualu.trainer.engine.local_model import local_model, operators_of
 from bagualu.trainer.engine.sharded import ShardedEngine, untrained_shard
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
@@ -207,7 +207,7 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> FsdpEngine:
         parameter.global_shape, parameter.box = boxes[name]  # type: ignore[attr-defined]
     parts = [_part(*named, recipe, plan, mesh) for named in model.named_parameters() if named[1].requires_grad]
     untrained = [_divided(part, mesh) if isinstance(part.tensor, DTensor) else part for part in untrained_of(model, plan, mesh)]
-    optimizer = ShardedOptimizer(parts, recipe.optim, mesh.group("world").device, recipe.run.seed)
+    optimizer = ShardedOptimizer(parts, recipe.optim, device, recipe.run.seed, operators_of(recipe, device).update)
     return FsdpEngine(model, units, parts, untrained, optimizer, mesh, dtype)
 
 

@@ -13,7 +13,7 @@ from bagualu.parallel.precision import chip_of
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.models.decoder.plan import decoder_plan
-from bagualu.trainer.operators.operator_set import operator_set
+from bagualu.trainer.operators.operator_set import OperatorSet, operator_set
 from bagualu.trainer.recipe.config import Recipe
 
 Take = Callable[[Decoder, ShardingPlan, list[tuple[str, nn.Parameter]]], None]
@@ -23,6 +23,12 @@ Take = Callable[[Decoder, ShardingPlan, list[tuple[str, nn.Parameter]]], None]
 def no_values(name: str, shape: tuple[int, ...], box: Box) -> torch.Tensor:
     """Returns zeros of the shape of `box`, for values that are read from a checkpoint or received from another rank afterwards."""
     return torch.zeros(box.shape)
+
+
+def operators_of(recipe: Recipe, device: torch.device) -> OperatorSet:
+    """Returns the variants by which ranks on `device` compute. Raises RecipeError if `operators` names one that the chip
+    has not."""
+    return operator_set(recipe.variants, chip_of(device), here=device.type != "meta")
 
 
 def local_model(
@@ -38,7 +44,7 @@ def local_model(
     slices = [split.slices[stage] for stage in mesh.stages]
     plan = decoder_plan(config, parallel.sequence)
     device = mesh.group("world").device
-    operators = operator_set(recipe.variants, chip_of(device), here=device.type != "meta")
+    operators = operators_of(recipe, device)
     with torch.device("meta"):
         model = Decoder(config, slices, mesh.first_stage, mesh.last_stage, split.recompute, recipe.train.offload_bytes, operators)
     taken: set[int] = set()

@@ -19,7 +19,7 @@ from bagualu.parallel.mesh import Mesh
 from bagualu.parallel.parallelize import Fill
 from bagualu.parallel.sharding import ShardingPlan
 from bagualu.parallel.untrained import Untrained, untrained_of
-from bagualu.trainer.engine.local_model import local_model
+from bagualu.trainer.engine.local_model import local_model, operators_of
 from bagualu.trainer.engine.sharded import ShardedEngine, untrained_shard
 from bagualu.trainer.models.decoder.model import Decoder
 from bagualu.trainer.optim.groups import Treatment
@@ -143,7 +143,7 @@ def hold(recipe: Recipe, mesh: Mesh, split: Split, fill: Fill) -> NativeEngine:
         gatherer = None
     trained, frozen = ([bucket for bucket in buckets if bucket.kind.trained is wanted] for wanted in (True, False))
     reducer = GradientReducer(trained, mesh)
-    optimizer = ShardedOptimizer(trained, recipe.optim, world.device, recipe.run.seed)
+    optimizer = ShardedOptimizer(trained, recipe.optim, world.device, recipe.run.seed, operators_of(recipe, world.device).update)
     untrained = list(untrained_of(model, plan, mesh, frozen=zero < 3))
     return NativeEngine(model, trained, frozen, untrained, reducer, optimizer, gatherer, world)
 

@@ -25,7 +25,7 @@ class Chosen:
     """given: the recipe names it. compiled: train.compile chose it. measured: it was quicker here.
     usual: nothing was measured, or nothing better was found."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """The measured times of all calls in a micro-batch, by variant."""
+    """The measured times of all calls in a micro-batch, or in an update, by variant."""
 
 
 @dataclass(frozen=True)

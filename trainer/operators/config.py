@@ -6,14 +6,15 @@ from bagualu.comm.errors import RecipeError
 from bagualu.trainer.operators.registry import AUTO, FLOAT8, GENERATED, is_float8, require_variant
 
 _GENERATED = ("norm", "rotary", "gate", "loss")
-"""The operators that have a variant "generated" (trainer/operators/generated)."""
+"""The operators whose variant "generated" (trainer/operators/generated) train.compile chooses. `update` has one too, which a recipe
+must name: on a CPU it takes longer than torch's kernel."""
 
 
 @dataclass
 class OperatorsConfig:
     """`operators.*`: by which of its registered variants each operator of the model is computed; auto: the one that suits the chip
     and the shapes. A value that is unknown is refused with the variants that there are. A variant does not compute every shape;
-    the default (eager, attention's kernel, torch) takes its place where it does not."""
+    the default (eager, attention's kernel, torch, fused) takes its place where it does not."""
 
     norm: str = AUTO
     """RMS and layer normalisation: auto | eager | generated: by a kernel that torch's compiler generates | any name registered
@@ -32,6 +33,9 @@ class OperatorsConfig:
     """The matrix products of linear layers, experts and the head: auto | torch: its own | tiles: on a CPU with AVX512-BF16, kernels
     in C++ | panels: on one with AVX2, for float32 and bfloat16 | any registered name. With train.dtype=float8, auto is
     float8_rowwise: a scale for each row and column of a product; float8_tensorwise has one scale for each matrix."""
+
+    update: str = AUTO
+    """The optimizer's update by AdamW: auto | fused: by torch's kernel | generated | any registered name."""
 
     def as_dict(self) -> dict[str, str]:
         """Returns the variants by operator."""

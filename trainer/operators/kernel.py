@@ -40,7 +40,8 @@ Call = Callable[[Sequence[Any]], Any]
 
 
 class Kernel:
-    """Calls a function of tensors and numbers, without effects, by way of the kernel that is generated from it.
+    """Calls a function of tensors and numbers by way of the kernel that is generated from it. The function may end by copying new
+    values to some of its arguments, which it then returns; it has no other effects.
 
     Once the compiler has failed, it calls the function itself for shapes that have no kernel yet. In a dispatch mode, which must
     see each operation, it always does; a mode with a method `as_one_kernel` gets the kernel and its arguments instead. Tensors of
@@ -94,7 +95,7 @@ class Kernel:
             depends_on = identity_of(self.function), form, _settings()
             code = kept_code.load_or_make(depends_on, lambda: _compile(self.function, given, form))
         except Exception as error:
-            self.function(*given)  # raises, if the mistake is in the function or in its arguments
+            self.function(*(_copied(value) for value in given))  # raises, if the mistake is in the function or in its arguments
             what = "other shapes of it are" if self._forms else "it is"  # those that have kernels keep them, and so their bits
             self._failed = True
             log.warning("torch's compiler fails for %s (%s); %s not compiled from now on", self.name, _first_line(error), what)
@@ -144,6 +145,10 @@ def _compile(function: Callable[..., Any], given: Sequence[Any], form: Form) -> 
     from bagualu.trainer.operators import inductor
 
     return inductor.compile_function(function, form, form.sizes_in(given))
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _is_plain(given: Sequence[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The operators that a model computes with: of each, one variant."""
+"""The operators that a model and its optimizer compute with: of each, one variant."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from bagualu.trainer.operators.gate import silu_gate
 from bagualu.trainer.operators.norm import normalise
 from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, is_float8, load_variant
 from bagualu.trainer.operators.rotary import rotate
+from bagualu.trainer.operators.update import adamw
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class OperatorSet:
     attention: Callable[..., torch.Tensor] = causal_attention
     loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = loss_and_gradient
     linear: Products = torch_products
+    update: Callable[..., None] = adamw
 
 
 BY_RULE = OperatorSet()

@@ -1,7 +1,7 @@
 """The variants of the model's operators: those of this package, and those that other installed packages have registered. Does not
 import torch.
 
-An operator is a function that the model computes, such as attention; `linear` is three, the methods of
+An operator is a function that the model computes, such as attention, or the optimizer's `update`; `linear` is three, the methods of
 `parallel.products.Products`. A variant is one way to compute it. Each has an entry named
 OPERATOR.VARIANT, or OPERATOR.VARIANT.CHIP if only that chip has it (cpu, cuda, or the type that torch gives to the devices of
 another accelerator): this package's in `_OWN`, others' under the entry point group `bagualu.operators`. The entry is a function;
@@ -25,6 +25,7 @@ GENERATED = "generated"
 """The name of variants whose kernels torch's compiler generates, which takes time when a run begins: train.compile chooses them."""
 DEFAULT_VARIANTS = {
     "norm": "eager", "rotary": "eager", "gate": "eager", "attention": "kernel", "loss": "eager", "linear": "torch",
+    "update": "fused",
 }  # fmt: skip
 """For each operator the variant that takes all arguments on every chip."""
 FLOAT8_MULTIPLE = 16
@@ -48,6 +49,8 @@ _OWN = [
     EntryPoint("norm.generated", "bagualu.trainer.operators.generated.norm:normalise", GROUP),
     EntryPoint("rotary.eager", "bagualu.trainer.operators.rotary:rotate", GROUP),
     EntryPoint("rotary.generated", "bagualu.trainer.operators.generated.rotary:rotate", GROUP),
+    EntryPoint("update.fused", "bagualu.trainer.operators.update:adamw", GROUP),
+    EntryPoint("update.generated", "bagualu.trainer.operators.generated.update:adamw", GROUP),
 ]
 """The entries of this package; one of another package with the same name on the same chip is not taken."""
 

@@ -16,22 +16,27 @@ from bagualu.parallel.boxes import TensorPiece
 from bagualu.parallel.data.shard import Shard, shard_pieces
 from bagualu.parallel.matrices import WholeMatrices
 from bagualu.parallel.precision import chip_of
+from bagualu.trainer.operators.update import PIECE, adamw, same_memory
 from bagualu.trainer.optim.config import OptimConfig
 from bagualu.trainer.optim.groups import Treatment
 from bagualu.trainer.optim.muon import adjustment, cost, orthogonalise
 from bagualu.trainer.optim.rounding import element_numbers, noise, round_stochastically
-from bagualu.trainer.optim.rules import MuonStep, Rule, rule_of
-
-_PIECE = 2**19
-"""The number of elements that a CPU updates in one call: their weights, moments and gradients fit into its cache."""
+from bagualu.trainer.optim.rules import MuonStep, Rule, ShardSlice, rule_of
 
 
 class ShardedOptimizer:
     """Updates this rank's shards. The engine then sends the working weights to the ranks that need them."""
 
-    def __init__(self, parts: Sequence[Shard], config: OptimConfig, device: torch.device | None = None, seed: int = 0) -> None:
-        """`seed` determines how moments in bfloat16 are rounded."""
-        self.parts, self._config, self._seed = parts, config, seed
+    def __init__(
+        self,
+        parts: Sequence[Shard],
+        config: OptimConfig,
+        device: torch.device | None = None,
+        seed: int = 0,
+        update: Callable[..., None] = adamw,
+    ) -> None:
+        """`seed` determines how moments in bfloat16 are rounded. `update`: the variant of the operator, by which AdamW updates."""
+        self.parts, self._config, self._seed, self._operator = parts, config, seed, update
         self._half = config.moments_dtype == "bfloat16"
         dtype = torch.bfloat16 if self._half else None
         self._shards = [_shard(_master(part), config.moments(_treatment(part).optimizer), dtype) for part in parts]
@@ -77,7 +82,7 @@ class ShardedOptimizer:
         """Updates the shard of the part at this index."""
         part = self.parts[index]
         optimizer = _treatment(part).optimizer
-        rule, moments = rule_of(self._config, optimizer), self._config.moments(optimizer)
+        rule, moments = rule_of(self._config, optimizer, self._operator), self._config.moments(optimizer)
         self._shards[index]["step"] += 1
         for piece in _slices(part.shard_gradients):
             self._update(index, piece, rule, moments, lr, gradient_factor)
@@ -92,11 +97,8 @@ class ShardedOptimizer:
         weight, kept = shard["weight"][piece], {moment: shard[moment][piece] for moment in kinds}
         moments = {moment: values.to(weight.dtype) for moment, values in kept.items()}  # the same tensors unless they are bfloat16
         treatment = _treatment(part)
-        if gradient_factor != 1.0:
-            gradient.mul_(gradient_factor)
-        rule.update(weight, gradient, moments, shard["step"], lr * treatment.lr_factor, treatment.weight_decay)
-        if not _same_memory(weight, working):
-            working.copy_(weight)
+        updated = ShardSlice(weight, working, gradient, moments, shard["step"])
+        rule.update(updated, lr * treatment.lr_factor, treatment.weight_decay, gradient_factor)
         if self._half and moments:
             (step,) = self._read(shard["step"].view(1))
             self._round(part, piece, moments, kept, int(step))
@@ -157,7 +159,7 @@ class ShardedOptimizer:
     def publish(self) -> None:
         """Computes the working weights of this rank's shards from the master weights."""
         for part, shard in zip(self.parts, self._shards, strict=True):
-            if not _same_memory(shard["weight"], part.shard_weights):
+            if not same_memory(shard["weight"], part.shard_weights):
                 part.shard_weights.copy_(shard["weight"])
 
     def pieces(self) -> Iterator[TensorPiece]:
@@ -205,14 +207,10 @@ def _treatment(part: Shard) -> Treatment:
     return part.treatment
 
 
-def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage() is other.untyped_storage() and one.storage_offset() == other.storage_offset()
-
-
 def _slices(shard: torch.Tensor) -> Iterator[slice]:
     """Yields the slices of a shard that are updated one after the other. An accelerator, slow to launch, updates the whole shard in
     one call."""
-    size = _PIECE if chip_of(shard.device) == "cpu" else max(1, shard.numel())
+    size = PIECE if chip_of(shard.device) == "cpu" else max(1, shard.numel())
     return (slice(start, start + size) for start in range(0, shard.numel(), size))
 
 

@@ -224,7 +224,7 @@ def test_times_are_measured_once(tmp_path: Path) -> None:
         tiles = set() if attention_tiles.lacks() else {"tiles"}
         panels = set() if products_in_panels.lacks() else {"panels"}
         names = {"attention": {"blocks", "kernel"} | tiles, "linear": {"torch"} | tiles | panels}
-        assert times.keys() == names.get(case.operator, {"eager"})
+        assert times.keys() == names.get(case.operator, {DEFAULT_VARIANTS[case.operator]})
         assert times_of(case, CPU, tmp_path) == times  # times never repeat to the last digit
     assert len(list((tmp_path / "operators").iterdir())) == len(cases)
 
@@ -284,6 +284,22 @@ def test_kernels_are_generated_only_with_train_compile_and_never_measured(
     assert found["attention"].variant == "blocks"
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_an_operator_that_a_record_lacks_is_the_usual_one(tmp_path: Path, compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a record of an earlier version, without the update."""
+    pretend(monkeypatch, blocks=0.001, kernel=0.002)
+    recipe = recipe_in(tmp_path, train__compile=compiles)
+    first, _ = choose_operators(recipe, connect("gloo", World(0, 1)))
+    Path(recipe.run.dir).mkdir()
+    values = first.to_json()
+    del values["operators"]["update"]
+    (Path(recipe.run.dir) / "operators.json").write_text(json.dumps(values))
+    recipe.checkpoint = replace(recipe.checkpoint, resume=True)
+    found, said = chosen(recipe)
+    assert found == {**first.operators, "update": Chosen("fused", USUAL)}
+    assert said == []
+
+
 def test_a_run_that_goes_on_without_a_compiler_has_eager_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, blocks=0.001, kernel=0.002)
     recipe = recipe_in(tmp_path, train__compile=True)
@@ -294,7 +310,7 @@ def test_a_run_that_goes_on_without_a_compiler_has_eager_variants(tmp_path: Path
     assert choose_operators(recipe, connect("gloo", World(0, 1))) == (first, [])
     recipe.train = replace(recipe.train, compile=False)
     found, said = chosen(recipe)
-    assert {found[name].variant for name in GENERATED} == {"eager"}
+    assert all(found[name].variant == DEFAULT_VARIANTS[name] for name in GENERATED)
     assert found["attention"] == first.operators["attention"]
     assert said == ["train.compile=false: norm, rotary, gate, loss are not generated kernels any more, as they were so far"]
 

@@ -18,7 +18,7 @@ REPEATED: list[tuple[Any, str, Any, str]] = [
     (activations, "_BLOCK_ROWS", attention, "_BLOCK_ROWS"),
     (activations, "_BLOCK_ELEMENTS", attention, "_BLOCK_ELEMENTS"),
     (activations, "_ADDED_WIDTH", alibi, "ADDED_WIDTH"),
-    (prediction, "_UPDATED_AT_ONCE", sharded, "_PIECE"),
+    (prediction, "_UPDATED_AT_ONCE", sharded, "PIECE"),
 ]
 
 

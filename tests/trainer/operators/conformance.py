@@ -288,6 +288,39 @@ def check_linear(products: Products, dtype: torch.dtype, device: torch.device) -
             _assert_close(f"gradient of a weight, fresh: {fresh}", total, expected, of_gradients)
 
 
+def check_update(variant: Variant, dtype: torch.dtype, device: torch.device) -> None:
+    """Several updates of flat buffers, in place and nowhere else, with working weights in `dtype`, and what lies beside them."""
+    wide = accurate_dtype(dtype)
+    for number, (elements, factor, decay, epsilon) in enumerate(
+        ((1000, 1.0, 0.1, 1e-8), (1029, 0.37, 0.0, 1e-2), (64, 2.0, 0.1, 1e-8), (3, 0.37, 0.1, 1e-8))
+    ):
+        buffers = [draw(elements + 2, seed=7 * number).to(device, wide), *torch.zeros(2, elements + 2, dtype=wide, device=device)]
+        buffers.append(buffers[0] if wide == dtype else buffers[0].to(dtype))
+        around = [buffer[[0, -1]].clone() for buffer in buffers]
+        weight, average, square, working = (buffer[1:-1] for buffer in buffers)
+        exact, mean, spread = (
+            weight.to("cpu", torch.float64, copy=True),
+            torch.zeros(elements).double(),
+            torch.zeros(elements).double(),
+        )
+        step, first, second = torch.zeros((), device=device), 0.9, 0.95
+        for count in range(1, 5):
+            lr = 0.02 * count
+            gradient = draw(elements, seed=7 * number + count).to(device, wide)
+            slope = gradient.to("cpu", torch.float64, copy=True) * factor
+            step += 1
+            variant(weight, working, gradient, average, square, step, factor, lr, decay, (first, second), epsilon)
+            mean, spread = first * mean + (1 - first) * slope, second * spread + (1 - second) * slope**2
+            root = (spread / (1 - second**count)).sqrt()
+            exact = exact * (1 - lr * decay) - lr * mean / (1 - first**count) / (root + epsilon)
+            for name, found, expected in (("weight", weight, exact), ("average", average, mean), ("square", square, spread)):
+                _assert_close(f"{name} after {count} updates", found, expected, ERRORS[wide])
+            assert torch.equal(working, weight.to(dtype)), "working weights are not the rounded weights"
+            assert step == count, "the number of updates was changed"
+        for buffer, before in zip(buffers, around, strict=True):
+            assert torch.equal(buffer[[0, -1]], before), "an element beside the buffer was changed"
+
+
 TRIALS: dict[str, Callable[[], Iterator[Trial]]] = {
     "attention": attention_trials,
     "norm": norm_trials,
@@ -300,6 +333,8 @@ def check(operator: str, variant: Any, dtype: torch.dtype, device: torch.device)
     """Raises AssertionError unless the variant does what it must, in one dtype."""
     if operator == "loss":
         return check_loss(variant, dtype, device)
+    if operator == "update":
+        return check_update(variant, dtype, device)
     if operator == "linear":
         return check_linear(variant, dtype, device)
     for trial in TRIALS[operator]():

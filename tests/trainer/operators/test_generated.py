@@ -280,6 +280,49 @@ def test_a_later_process_computes_the_same_bits_without_the_compiler(folder: Pat
     assert later(CXX="/bin/false") == (bits, [], "")
 
 
+UPDATES = """
+import sys, torch
+from bagualu.trainer.operators.generated.update import adamw
+weight, gradient = torch.linspace(-1, 1, 200), torch.linspace(2, -1, 200)
+working, average, square = weight.bfloat16(), torch.zeros(200), torch.zeros(200)
+for count in (1, 2, 3):
+    step, rate = torch.tensor(float(count)), 0.01 * count
+    adamw(weight, working, gradient.clone(), average, square, step, 0.5, rate, 0.1 * count, (0.9, 0.95), 1e-8)
+print(*(t.double().sum().item() for t in (weight, working, average, square)), "torch._inductor" in sys.modules)
+"""
+
+
+def updates(**environment: str) -> tuple[list[float], str, str]:
+    """What a fresh process computes in three updates, whether it loads the compiler, and what it says."""
+    done = subprocess.run(
+        [sys.executable, "-c", UPDATES], capture_output=True, text=True, check=True, env={**os.environ, **environment}
+    )
+    *sums, loaded = done.stdout.split()
+    return list(map(float, sums)), loaded, done.stderr
+
+
+@COMPILER
+def test_an_update_is_done_once_with_a_compiler_with_kept_code_and_without(folder: Path, tmp_path: Path) -> None:
+    """Rates, decay and corrections of moments differ from step to step, and nothing is compiled anew for it."""
+    first, loaded, said = updates()
+    assert (loaded, said) == ("True", "")
+    assert kept(folder) == 1
+    assert updates(CXX="/bin/false") == (first, "False", "")
+    without, _, said = updates(CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "another"))
+    assert said.count("torch's compiler fails for update.update_and_round") == 1
+    assert without == pytest.approx(first, rel=1e-5)
+
+
+def test_an_update_is_traced_as_one_operator_that_writes_in_place() -> None:
+    recipe = small_recipe(comm__backend="gloo", train__dtype="bfloat16", operators__update="generated")
+    traced = trace(recipe, 1, 0, Traced("cpu"))
+    found = [one for one in traced.operators() if one.name == "bagualu.update.update_and_round"]
+    elements = sum(one.written_bytes for one in found) / (3 * 4 + 2)  # weight and two moments, and working weights
+    read = sum(one.read_bytes for one in found) / elements
+    assert elements % 64 == 0
+    assert 4 * 4 <= read < 4 * 4 + 2.5, read  # those and the gradient; the trace counts working weights as read too
+
+
 @COMPILER
 def test_code_is_not_taken_for_other_settings_of_the_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = bf16(4, 32), bf16(4, 32)

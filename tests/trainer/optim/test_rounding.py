@@ -163,7 +163,7 @@ def in_two(communicator: Communicator, recipe: Recipe) -> tuple[list[Any], list[
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 def test_a_run_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str) -> None:
-    monkeypatch.setattr(sharded, "_PIECE", 40)  # pieces that begin and end inside parameters
+    monkeypatch.setattr(sharded, "PIECE", 40)  # pieces that begin and end inside parameters
     recipe = small_recipe(**MOE, **HALF, run__dir=str(tmp_path), parallel__data=2, train__steps=4, optim__name=optim)
     for straight, other in run("simulated", 2, in_two, recipe):
         for (name, *_, one), (_, *_, two) in zip(straight, other, strict=True):
