@@ -4,7 +4,7 @@ reduce_scatter, all_gather and a small all_reduce that sums over two ranks are d
 than Gloo's own collectives. They send as many bytes as a ring, but take a third to a half of its time over loopback
 (docs/performance.md). Their sums run in rank order, so a gradient has the same bits whichever rank computes it. Between ranks of
 one machine, these three collectives and all_to_all go through shared memory (shared_memory.py) if they are synchronous and not too
-large, with the same sums; messages always do (shared_messages.py).
+large, with the same sums; so do messages (shared_messages.py).
 """
 
 import weakref
@@ -182,14 +182,14 @@ class GlooTransport(TorchTransport):
         return Exchange((*sent, *received))
 
     def send(self, tensor: torch.Tensor, destination: int) -> Work:
-        if self._messages is None:
+        if self._messages is None or _bytes(tensor) > SLOT_BYTES:
             return super().send(tensor, destination)
         with self._naming("send", destination):
             self._messages.send(tensor, destination)
         return _DONE
 
     def receive(self, tensor: torch.Tensor, source: int) -> Work:
-        if self._messages is None:
+        if self._messages is None or _bytes(tensor) > SLOT_BYTES:
             return super().receive(tensor, source)
         return Receiving(tensor, source, self._messages.ask_for(source), self)
 

@@ -74,6 +74,23 @@ def test_a_buffer_serves_again_once_it_has_been_read() -> None:
     assert max(run("gloo", 2, take_turns)) <= 2
 
 
+def send_large_and_small_ones(c: Communicator) -> int:
+    """Returns how many buffers there are."""
+    other = 1 - c.rank
+    numbers = [2**21 + 1, 5, 2**21, 2**21 + 2, 7]  # of float32; 8 MiB hold 2**21
+    sent = [c.world.send(torch.full((count,), 1.0 * place + 10 * c.rank), other, True) for place, count in enumerate(numbers)]
+    found = [torch.empty(count) for count in numbers]
+    for work in [*sent, *(c.world.receive(one, other, True) for one in found)]:
+        work.wait()
+    for place, one in enumerate(found):
+        expect(one, torch.full_like(one, 1.0 * place + 10 * other))
+    return messages(c.world)._made
+
+
+def test_messages_too_large_for_buffers_take_the_network() -> None:
+    assert run("gloo", 2, send_large_and_small_ones) == [3, 3]
+
+
 def unalike(c: Communicator, what: str) -> None:
     if what == "size":
         if c.rank == 0:
