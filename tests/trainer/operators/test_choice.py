@@ -72,7 +72,7 @@ def test_another_chip_is_said_and_changes_nothing() -> None:
     settled, (remark,) = kept(BEFORE, OperatorsConfig(), "cpu", "another chip", "float32")
     assert settled == BEFORE.operators
     assert remark.startswith("the run chose its operators on a chip, is on another chip now and keeps operators.norm=eager")
-    assert remark.endswith("operators.loss=eager, operators.linear=torch; name another to change it")
+    assert remark.endswith("operators.loss=eager, operators.linear=torch, operators.update=fused; name another to change it")
 
 
 def test_a_chip_without_the_recorded_variant_has_the_default() -> None:
@@ -87,7 +87,7 @@ def test_it_is_recorded_and_read_back(tmp_path: Path) -> None:
     assert ChosenOperators.read(path) is None
     path.write_text(json.dumps(BEFORE.to_json()))
     assert ChosenOperators.read(path) == BEFORE
-    assert BEFORE.as_config() == OperatorsConfig(*["eager"] * 3, "blocks", "eager", "torch")
+    assert BEFORE.as_config() == OperatorsConfig(*["eager"] * 3, "blocks", "eager", "torch", "fused")
 
 
 @pytest.mark.parametrize(
