@@ -1,5 +1,7 @@
 """The optimizer's update by AdamW in a generated kernel, which reads and writes each buffer once. Shapes: n elements."""
 
+from typing import Any
+
 import torch
 
 from bagualu.trainer.operators.kernel import fails, kernel
@@ -29,13 +31,12 @@ def adamw(
     size, scale = (1 - first**count).reciprocal().mul(lr), (1 - second**count).rsqrt()
     keeps, factors = (torch.full((), value, dtype=torch.float64, device=step.device) for value in (1 - lr * weight_decay, factor))
     numbers = factors, keeps, size, scale, first, second, epsilon
-    alone = same_memory(weight, working)
-    update, buffers = (_update if alone else _update_and_round), [weight, gradient, average, square, *([] if alone else [working])]
-    whole = weight.numel() // _ROW * _ROW
-    if whole:
-        update(*numbers, *(buffer[:whole].view(-1, _ROW) for buffer in buffers))
-    if whole < weight.numel():
-        update.function(*numbers, *(buffer[whole:] for buffer in buffers))
+    alone, whole = same_memory(weight, working), weight.numel() // _ROW * _ROW
+    for part, shape in ((slice(whole), (-1, _ROW)), (slice(whole, None), (-1,))):
+        buffers = [buffer[part].view(shape) for buffer in (weight, gradient, average, square)]
+        if buffers[0].numel():
+            update, given = (_update, ()) if alone else (_update_and_round, (working[part].view(shape),))
+            (update if len(shape) > 1 else update.function)(*given, *numbers, *buffers)
 
 
 adamw.fails = fails  # type: ignore[attr-defined]
@@ -64,37 +65,16 @@ def _moved(
 
 
 @kernel
-def _update(
-    factor: torch.Tensor,
-    keeps: torch.Tensor,
-    size: torch.Tensor,
-    scale: torch.Tensor,
-    first: float,
-    second: float,
-    epsilon: float,
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    average: torch.Tensor,
-    square: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    moved, mean, spread = _moved(factor, keeps, size, scale, first, second, epsilon, weight, gradient, average, square)
+def _update(*given: Any) -> tuple[torch.Tensor, ...]:
+    """Takes the arguments of `_moved`."""
+    weight, _, average, square = given[-4:]
+    moved, mean, spread = _moved(*given)
     return weight.copy_(moved), average.copy_(mean), square.copy_(spread)
 
 
 @kernel
-def _update_and_round(
-    factor: torch.Tensor,
-    keeps: torch.Tensor,
-    size: torch.Tensor,
-    scale: torch.Tensor,
-    first: float,
-    second: float,
-    epsilon: float,
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    average: torch.Tensor,
-    square: torch.Tensor,
-    working: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    moved, mean, spread = _moved(factor, keeps, size, scale, first, second, epsilon, weight, gradient, average, square)
+def _update_and_round(working: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
+    """Takes working weights in another dtype, and the arguments of `_moved`."""
+    weight, _, average, square = given[-4:]
+    moved, mean, spread = _moved(*given)
     return weight.copy_(moved), average.copy_(mean), square.copy_(spread), working.copy_(moved)
