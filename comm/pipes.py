@@ -29,6 +29,8 @@ class Pipes:
         self._writing, self._reading, self._timeout_seconds = writing, reading, timeout_seconds
         self._early: dict[tuple[int, int, int], Message] = {}
         """Messages that nobody has asked for so far, by position, stream and number."""
+        self._ended: set[int] = set()
+        """Positions that have ended, as far as this rank has noticed."""
         for descriptor in writing.values():
             os.set_blocking(descriptor, False)
 
@@ -66,7 +68,8 @@ class Pipes:
         self._writing, self._reading = {}, {}
 
     def _wait_for_room(self, position: int) -> None:
-        poll, sources = select.poll(), {descriptor: source for source, descriptor in self._reading.items()}
+        sources = {descriptor: source for source, descriptor in self._reading.items() if source not in self._ended}
+        poll = select.poll()
         poll.register(self._writing[position], select.POLLOUT)
         for descriptor in sources:
             poll.register(descriptor, select.POLLIN)
@@ -75,7 +78,8 @@ class Pipes:
             raise ConnectionError(f"has read nothing for {self._timeout_seconds:g} s")
         for descriptor, _ in ready:
             if descriptor in sources:
-                self._read_one(sources[descriptor])
+                with suppress(ConnectionError):  # whoever waits for a message of it will say so
+                    self._read_one(sources[descriptor])
 
     def _readable(self, position: int, seconds: float) -> bool:
         poll = select.poll()
@@ -85,6 +89,7 @@ class Pipes:
     def _read_one(self, position: int) -> None:
         frame = os.read(self._reading[position], _FRAME.size)
         if len(frame) < _FRAME.size:
+            self._ended.add(position)
             raise ConnectionError("has ended")
         stream, number, *message = _FRAME.unpack(frame)
         self._early[position, stream, number] = tuple(message)

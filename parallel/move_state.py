@@ -47,7 +47,8 @@ class Relocation:
         self._copy = PairwiseCopy(outgoing, incoming, group)
 
     def run(self) -> None:
-        """Copies all values to the tensors that want them. Collective. It allocates no memory."""
+        """Copies all values to the tensors that want them. Collective. It allocates no memory but what the
+        transport may need for messages."""
         self._copy.run()
 
 
@@ -73,7 +74,8 @@ class PairwiseCopy:
         )
 
     def run(self) -> None:
-        """Copies the tensors. Collective among the ranks that have tensors for each other. It allocates no memory.
+        """Copies the tensors. Collective among the ranks that have tensors for each other. It allocates no memory but
+        what the transport may need for messages.
 
         Each pair of ranks exchanges at most one message in each direction; all ranks go through the pairs in the same order.
         """

@@ -366,6 +366,18 @@ def test_two_that_send_more_than_pipes_hold_do_not_wait_for_each_other() -> None
     both.close()
 
 
+def test_the_end_of_one_is_not_taken_for_that_of_another() -> None:
+    both, (from_another, to_another) = own_pipe(), os.pipe()
+    os.close(to_another)
+    slow = pipes.Pipes(both._writing, {2: from_another}, 0.1)
+    with pytest.raises(ConnectionError, match=r"^has read nothing for 0.1 s$"):
+        fill(slow)
+    with pytest.raises(ConnectionError, match=r"^has ended$"):
+        slow.receive(2, 0, 0)
+    both.close()
+    os.close(from_another)
+
+
 def unalike(c: Communicator, what: str) -> None:
     x = torch.zeros(MANY * (2 if what == "size" and c.rank else 1))
     if what == "op" and c.rank:
