@@ -99,6 +99,7 @@ def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str
 
 
 @LINUX
+@pytest.mark.timeout(900)  # DeepSpeed's ranks, four at a time, load for long at each of the restarts
 @pytest.mark.parametrize(
     "more",
     [

@@ -98,7 +98,7 @@ def test_the_curve_is_that_of_bfloat16(ids: Path, variant: str) -> None:
     assert abs(narrow[-20:].mean() / half[-20:].mean() - 1) < OF_THE_END
 
 
-@pytest.mark.parametrize(("variant", "largest"), zip(FLOAT8, OF_GRADIENTS, strict=True))
+@pytest.mark.parametrize(("variant", "largest"), list(zip(FLOAT8, OF_GRADIENTS, strict=True)))
 def test_gradients_are_the_exact_ones_rounded(variant: str, largest: float) -> None:
     (exact,) = run("simulated", 1, gradients, recipe_of("float64", **DENSE))
     (found,) = run("simulated", 1, gradients, recipe_of("float8", operators__linear=variant, **DENSE))
@@ -224,6 +224,23 @@ def test_a_run_records_its_variant_and_says_that_a_cpu_is_slow(tmp_path: Path, c
     assert summary["operators"]["linear"] == "float8_rowwise"
     said = capfd.readouterr().err
     assert "train.dtype=float8: a CPU computes products in float8, but slowly; this is for trying out\n" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({}, ""),
+        ({"model__kv_heads": 1, "model__heads": 8, "model__ffn": 88},
+         "linear layers of width 8 (model.kv_heads) and 88 (model.ffn)"),
+    ],
+)  # fmt: skip
+def test_a_run_says_which_layers_stay_in_bfloat16(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: dict[str, Any], said: str
+) -> None:
+    run("simulated", 1, trained, in_folder(tmp_path, **words))
+    lines = [line for line in capfd.readouterr().err.splitlines() if "multiply in bfloat16" in line]
+    expected = f"train.dtype=float8: {said} on a rank multiply in bfloat16, since that is no multiple of 16"
+    assert lines == ([expected] if said else [])
 
 
 def test_a_run_goes_on_in_another_dtype_and_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

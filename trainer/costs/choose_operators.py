@@ -15,6 +15,7 @@ from bagualu.comm.agree import on_all
 from bagualu.comm.group import Communicator
 from bagualu.comm.objects import broadcast_json, gather_json
 from bagualu.fault_tolerance.run_directory import RunDirectory
+from bagualu.parallel.layout import Layout
 from bagualu.parallel.precision import chip_of
 from bagualu.trainer.costs.cache import device_name
 from bagualu.trainer.costs.operator_cases import AttentionShape, OperatorCalls, cases_of
@@ -35,7 +36,7 @@ from bagualu.trainer.operators.choice import (
 )
 from bagualu.trainer.operators.config import OperatorsConfig, generated_of
 from bagualu.trainer.operators.operator_set import lacked_by, operator_set
-from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, GENERATED
+from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, FLOAT8_MULTIPLE, GENERATED
 from bagualu.trainer.operators.usual import usual_variant
 from bagualu.trainer.recipe.config import Recipe
 
@@ -78,14 +79,15 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
         recorded = recorded.without(COMPILED)
     changed = changes_float8(recorded, recipe.operators, recipe.train.dtype)
     chosen, remarks = kept(recorded, recipe.operators, chip, product, recipe.train.dtype)
-    if recipe.train.dtype == "float8" and chip == "cpu":
-        remarks.append("train.dtype=float8: a CPU computes products in float8, but slowly; this is for trying out")
+    layout = recipe.validate(communicator.size)
+    if recipe.train.dtype == "float8":
+        remarks += _about_float8(recipe, layout, chip)
     if dropped:
         remarks.append(f"train.compile=false: {', '.join(dropped)} are not generated kernels any more, as they were so far")
     if compiles:
         remarks += _compile(chosen, before, recipe.operators)
-    micro_batches = recipe.micro_batches() / recipe.validate(communicator.size).data
-    cases = list(cases_of(work_of(recipe, recipe.validate(communicator.size))))
+    micro_batches = recipe.micro_batches() / layout.data
+    cases = list(cases_of(work_of(recipe, layout)))
     for operator in DEFAULT_VARIANTS:
         if operator in chosen:
             continue
@@ -105,6 +107,16 @@ def _choose(recipe: Recipe, communicator: Communicator) -> tuple[ChosenOperators
                        f"have {chosen['linear'].variant} now")  # fmt: skip
     kept_on = recorded.chip if recorded is not None else product
     return ChosenOperators(kept_on, {operator: chosen[operator] for operator in DEFAULT_VARIANTS}), remarks
+
+
+def _about_float8(recipe: Recipe, layout: Layout, chip: str) -> list[str]:
+    remarks = ["a CPU computes products in float8, but slowly; this is for trying out"] if chip == "cpu" else []
+    narrow = {name: width for name, width in recipe.float8_widths(layout).items() if width % FLOAT8_MULTIPLE}
+    if narrow:
+        layers = " and ".join(f"{width} ({name})" for name, width in narrow.items())
+        remarks.append(f"linear layers of width {layers} on a rank multiply in bfloat16, since that is no multiple of "
+                       f"{FLOAT8_MULTIPLE}")  # fmt: skip
+    return [f"train.dtype=float8: {remark}" for remark in remarks]
 
 
 def _compile(chosen: dict[str, Chosen], before: Mapping[str, Chosen], given: OperatorsConfig) -> list[str]:

@@ -435,16 +435,20 @@ class Recipe:
 
     def _validate_float8(self, layout: Layout) -> None:
         """Raises RecipeError if no linear layer can multiply in float8. One width of each is model.hidden."""
-        hidden, heads = self.model.hidden, ("model.heads", "model.kv_heads")
-        others = {
-            name: width // layout.tensor * (self.model.head_width if name in heads else 1)
-            for name, width in self.tensor_widths().items()
-        }
+        hidden, others = self.model.hidden, self.float8_widths(layout)
         if hidden % FLOAT8_MULTIPLE or all(width % FLOAT8_MULTIPLE for width in others.values()):
             widths = " and ".join(map(str, dict.fromkeys(others.values())))
             raise RecipeError(f"train.dtype=float8 multiplies matrices whose widths are multiples of {FLOAT8_MULTIPLE}, and no "
                               f"layer has such a matrix on a rank (model.hidden={hidden} by {widths}); change the model's widths, "
                               "or give train.dtype=bfloat16")  # fmt: skip
+
+    def float8_widths(self, layout: Layout) -> dict[str, int]:
+        """Returns, by key, the widths on a rank of linear layers that may multiply in float8. Their other one is model.hidden."""
+        heads = ("model.heads", "model.kv_heads")
+        return {
+            name: width // layout.tensor * (self.model.head_width if name in heads else 1)
+            for name, width in self.tensor_widths().items()
+        }
 
     def _validate_pipeline(self, layout: Layout) -> None:
         parallel = self.parallel
