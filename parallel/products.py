@@ -17,6 +17,11 @@ class Products:
     in_groups = True
     """Whether torch's kernel for all experts together may take the place of a product for each expert."""
 
+    of_rows: torch.dtype | None = None
+    """The float8 dtype to which rows and weights are rounded before they are multiplied; None if they are not."""
+    of_gradients: torch.dtype | None = None
+    """The same for gradients of outputs."""
+
     def operand(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Returns `x` as the methods below take it: in `dtype`, in which this device multiplies numbers like those of the weights.
         A subclass that reads other dtypes need not cast it."""

@@ -111,6 +111,7 @@ def train(
             replication.replicas.remove()
         summary = {
             **figures.summary(ending),
+            "compile": operators.compiled,
             "damaged": resumed.damaged + ending["damaged"],
             "seconds": time.perf_counter() - started,
             **close_ledger(ledger, recipe, communicator, ending["ended"]),
@@ -211,7 +212,6 @@ def _facts(state: TrainerState, memory: PeakMemory) -> dict[str, Any]:
         "layout": str(state.mesh.layout),
         "engine": state.recipe.parallel.engine,
         "zero": state.recipe.parallel.zero_stage,
-        "compile": state.recipe.generates,
         "operators": state.recipe.operators.as_dict(),
         "micro_batches_of_data_ranks": state.shares,
         "layers_of_stages": state.split.counts,

@@ -43,11 +43,34 @@ def test_compiled_and_eager_are_one_curve(tmp_path, words):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="generating kernels needs a C++ compiler (g++ on PATH)")
-@pytest.mark.parametrize("words", [["parallel.engine=native"], ["parallel.engine=fsdp"], ["optim.name=muon"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["parallel.engine=native"],
+        ["parallel.engine=fsdp"],
+        ["optim.name=muon"],
+        ["parallel.zero=0", "optim.clip_norm=0.01", "model.tie_embeddings=true"],
+        ["parallel.zero=3"],
+    ],
+    ids=" ".join,
+)
 def test_updates_by_a_generated_kernel_are_one_curve_with_those_by_torchs(tmp_path, words):
     for variant in ("fused", "generated"):
         run("gloo", 2, trained, tmp_path / variant, f"operators.update={variant}", "parallel.data=2", *words)
     assert_same_curve(tmp_path / "generated", tmp_path / "fused", 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="generating kernels needs a C++ compiler (g++ on PATH)")
+def test_a_run_goes_on_with_another_update(tmp_path):
+    changes = {"changed": "generated", "same": "fused"}
+    for folder, variant in changes.items():
+        run("gloo", 2, trained, tmp_path / folder, "parallel.data=2", "operators.update=fused")
+        more = ["checkpoint.resume=true", "train.steps=6", f"operators.update={variant}"]
+        run("gloo", 2, trained, tmp_path / folder, "parallel.data=2", *more)
+        record = json.loads((tmp_path / folder / "operators.json").read_text())
+        assert record["operators"]["update"]["variant"] == variant
+    assert_same_curve(tmp_path / "changed", tmp_path / "same", 1e-9)
 
 
 @pytest.mark.slow

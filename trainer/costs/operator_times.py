@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 def measurable(operator: str, chip: str) -> dict[str, EntryPoint]:
     """Returns the variants of `operator` that `chip` has and that are measured: not those that have to be generated first, that
     are in float8, or for which this machine lacks something. Raises RecipeError for a variant that cannot be imported."""
-    candidates = {name: entry for name, entry in variants(operator, chip).items() if name != GENERATED and not is_float8(name)}
+    registered = variants(operator, chip).items()
+    candidates = {name: entry for name, entry in registered if name != GENERATED and not is_float8(name, operator)}
     return {name: entry for name, entry in candidates.items() if _is_usable(operator, name, chip)}
 
 

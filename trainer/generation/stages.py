@@ -101,7 +101,7 @@ def load_stages(recipe: Recipe, communicator: Communicator, path: Path) -> Stage
 
 def _as_trained(recipe: Recipe, path: Path, chip: str) -> OperatorsConfig:
     """Returns the operators of `recipe` with the variants of the run whose checkpoint `path` is in place of auto, as far as `chip`
-    and this machine have them."""
+    and this machine have them. Nothing is updated."""
     config = recipe.operators
     record = RunDirectory(path.resolve().parents[1]).operators
     try:
@@ -109,6 +109,7 @@ def _as_trained(recipe: Recipe, path: Path, chip: str) -> OperatorsConfig:
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read (%s); operators are computed by the usual variants", record, error)
         return config
+    found = replace(found, update=AUTO)
     return replace(found, **dict.fromkeys(lacked_by(found, config, chip), AUTO))
 
 

@@ -39,6 +39,11 @@ class ChosenOperators:
     def variants(self) -> dict[str, str]:
         return {operator: chosen.variant for operator, chosen in self.operators.items()}
 
+    @property
+    def compiled(self) -> bool:
+        """Whether train.compile has chosen generated kernels."""
+        return any(chosen.why == COMPILED for chosen in self.operators.values())
+
     def as_config(self) -> OperatorsConfig:
         return OperatorsConfig(**self.variants)
 
@@ -112,8 +117,9 @@ def kept(
         elif was is not None and (was.variant == AUTO or was.variant in variants(operator, chip)):
             settled[operator] = was
         elif was is not None:
-            settled[operator] = Chosen(DEFAULT_VARIANTS[operator], USUAL)
-            remarks.append(f"operators.{operator}={DEFAULT_VARIANTS[operator]}: {product} has no {was.variant}, with which the run "
+            usual = FLOAT8[0] if operator == "linear" and dtype == "float8" else DEFAULT_VARIANTS[operator]
+            settled[operator] = Chosen(usual, USUAL)
+            remarks.append(f"operators.{operator}={usual}: {product} has no {was.variant}, with which the run "
                            "began")  # fmt: skip
     if recorded is not None and recorded.chip != product:
         same = [f"operators.{name}={one.variant}" for name, one in settled.items() if one is before.get(name)]

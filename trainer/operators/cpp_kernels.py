@@ -56,8 +56,8 @@ class CppKernels(ABC):
             return _COMPILER
         return None
 
-    def fails(self) -> str | None:
-        """Compiles the kernels; returns what they need if that fails."""
+    def fails(self, chip: str) -> str | None:
+        """Compiles the kernels, which are for CPUs only; returns what they need if that fails."""
         return None if self.library is not None else _COMPILER
 
     @cached_property

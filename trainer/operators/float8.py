@@ -82,6 +82,8 @@ class ProductsInFloat8(Products):
     of FLOAT8_MULTIPLE, in bfloat16."""
 
     in_groups = False
+    of_rows: torch.dtype = torch.float8_e4m3fn
+    of_gradients: torch.dtype
 
     def __init__(self, by_row: bool) -> None:
         """`by_row`: whether each row and column has a scale of its own, rather than each matrix."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bagualu.comm.errors import RecipeError
 from bagualu.parallel.precision import dispatch_mode
 from bagualu.trainer.operators import kept_code
 from bagualu.trainer.operators.form import Form, form_of
@@ -43,13 +44,14 @@ class Kernel:
     """Calls a function of tensors and numbers by way of the kernel that is generated from it. The function may end by copying new
     values to some of its arguments, which it then returns; it has no other effects.
 
-    Once the compiler has failed, it calls the function itself for shapes that have no kernel yet. In a dispatch mode, which must
+    Once the compiler has failed, it calls the function itself for shapes that have no kernel yet; with `or_fail`, it raises
+    RecipeError instead. In a dispatch mode, which must
     see each operation, it always does; a mode with a method `as_one_kernel` gets the kernel and its arguments instead. Tensors of
     other classes than torch's own, such as DTensor, are left to the function too.
     """
 
-    def __init__(self, function: Callable[..., Any], all_sizes: bool = False) -> None:
-        self.function, self.all_sizes = function, all_sizes
+    def __init__(self, function: Callable[..., Any], all_sizes: bool = False, or_fail: bool = False) -> None:
+        self.function, self.all_sizes, self._or_fail = function, all_sizes, or_fail
         self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__.removeprefix('_')}"
         self._failed = False
         self._calls: dict[Hashable, Call] = {}
@@ -95,6 +97,10 @@ class Kernel:
             depends_on = identity_of(self.function), form, _settings()
             code = kept_code.load_or_make(depends_on, lambda: _compile(self.function, given, form))
         except Exception as error:
+            if self._or_fail:
+                operator = self.name.partition(".")[0]
+                raise RecipeError(f"torch's compiler fails for operators.{operator}=generated ({_first_line(error)}); mend it, or "
+                                  f"resume with another variant of {operator}") from error  # fmt: skip
             self.function(*(_copied(value) for value in given))  # raises, if the mistake is in the function or in its arguments
             what = "other shapes of it are" if self._forms else "it is"  # those that have kernels keep them, and so their bits
             self._failed = True
@@ -118,6 +124,12 @@ def kernel_with_sums(function: Callable[..., Any]) -> Kernel:
     return Kernel(function)
 
 
+def kernel_in_place(function: Callable[..., Any]) -> Kernel:
+    """Does the same as `kernel` for a function that changes a run's state. Other ranks may hold the same state, so one whose
+    compiler fails must not go on with the function, which may round otherwise: calls raise RecipeError."""
+    return Kernel(function, all_sizes=True, or_fail=True)
+
+
 @contextmanager
 def left_to_functions() -> Iterator[None]:
     """Within this context, the functions of kernels compute in the thread, and no kernel is generated."""
@@ -129,11 +141,10 @@ def left_to_functions() -> Iterator[None]:
 
 
 @cache
-def fails() -> str | None:
-    """Returns what generated kernels need and this machine has not, found out by generating one; None if nothing."""
+def fails(chip: str) -> str | None:
+    """Returns what generated kernels need on `chip` and this machine has not, found out by generating one; None if nothing."""
     probe = Kernel(_twice)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    probe(torch.ones(64, device=device))
+    probe(torch.ones(64, device=chip))
     return None if probe.is_generated else "a compiler that works (g++, or what the variable CXX names)"
 
 

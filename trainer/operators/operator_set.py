@@ -13,7 +13,7 @@ from bagualu.trainer.operators.attention import causal_attention
 from bagualu.trainer.operators.config import OperatorsConfig
 from bagualu.trainer.operators.gate import silu_gate
 from bagualu.trainer.operators.norm import normalise
-from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, is_float8, load_variant
+from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, GENERATED, is_float8, load_variant
 from bagualu.trainer.operators.rotary import rotate
 from bagualu.trainer.operators.update import adamw
 
@@ -48,10 +48,13 @@ def variant_of(operator: str, variant: str, chip: str, here: bool = True) -> Any
     chip has it not or, `here`, if this machine lacks something for it."""
     found: Callable[..., Any] = load_variant(operator, variant, chip)
     if here and (lacked := _lacked(found, chip)) is not None:
-        instead = "train.dtype=bfloat16" if is_float8(variant) else f"operators.{operator}={AUTO}"
+        instead = "train.dtype=bfloat16" if is_float8(variant, operator) else f"operators.{operator}={AUTO}"
         raise RecipeError(f"operators.{operator}={variant} needs {lacked}, which this machine has not; provide it, or give "
                           f"{instead}")  # fmt: skip
     if operator == "linear":
+        if isinstance(found, Products) and is_float8(variant) and found.without_float8 is found:
+            raise RecipeError(f"operators.linear={variant} multiplies the head too in float8; give {type(found).__name__} a "
+                              "property `without_float8` for it, e.g. parallel.products.torch_products")  # fmt: skip
         if isinstance(found, Products):
             return found
         raise RecipeError(f"operators.linear={variant} is registered as {found!r}; it must be an object of the class "
@@ -61,12 +64,13 @@ def variant_of(operator: str, variant: str, chip: str, here: bool = True) -> Any
 
 def lacked_by(config: OperatorsConfig, given: OperatorsConfig, chip: str) -> dict[str, str]:
     """Returns what this machine lacks for variants of `config`, by operator, and makes them ready. A variant that `given` names is
-    left out, and so is one in float8, since `variant_of` refuses it. Raises RecipeError for a variant that cannot be had anyway."""
-    named = given.as_dict()
+    left out unless it is generated, and so is one in float8, since `variant_of` refuses it. Raises RecipeError for a variant that
+    cannot be had anyway."""
+    refused = {operator: variant for operator, variant in given.as_dict().items() if variant != GENERATED}
     found = {operator: variant for operator, variant in config.as_dict().items()
-             if variant not in (AUTO, named[operator]) and not is_float8(variant)}  # fmt: skip
+             if variant not in (AUTO, refused.get(operator)) and not is_float8(variant, operator)}  # fmt: skip
     loaded = {operator: load_variant(operator, variant, chip) for operator, variant in found.items()}
-    lacked = {operator: _lacked(variant, chip) or _failure(variant) for operator, variant in loaded.items()}
+    lacked = {operator: _lacked(variant, chip) or _failure(variant, chip) for operator, variant in loaded.items()}
     return {operator: what for operator, what in lacked.items() if what is not None}
 
 
@@ -83,8 +87,8 @@ def _lacked(variant: Any, chip: str) -> str | None:
     return lacked
 
 
-def _failure(variant: Any) -> str | None:
-    failure: str | None = variant.fails() if hasattr(variant, "fails") else None
+def _failure(variant: Any, chip: str) -> str | None:
+    failure: str | None = variant.fails(chip) if hasattr(variant, "fails") else None
     return failure
 
 

@@ -9,8 +9,8 @@ what it is given and returns is said by the operator's default in `OperatorSet` 
 a function of the same arguments that returns whether the variant can compute them; the operator's default takes the place of one
 that cannot. And it may have an attribute `lacks`, a function without arguments that returns what the variant needs and this machine
 has not, such as "a C++ compiler", or None; or instead `lacks_on`, a function of the chip that returns the same for it. A third one,
-`fails`, makes the variant ready and returns what it needs for that and this machine has not; the ranks ask it before they agree on
-a variant that nobody has named.
+`fails`, a function of the chip too, makes the variant ready and returns what it needs for that and this machine has not; the ranks
+ask it before they agree on a variant that nobody has named, or that is generated.
 """
 
 from importlib.metadata import EntryPoint, entry_points
@@ -55,10 +55,10 @@ _OWN = [
 """The entries of this package; one of another package with the same name on the same chip is not taken."""
 
 
-def is_float8(variant: str) -> bool:
-    """Returns whether `variant` of `linear` is for train.dtype=float8: whether its name begins with float8_, whoever has registered
-    it. Such a variant rounds more than others, so that none is chosen by its time."""
-    return variant.startswith("float8_")
+def is_float8(variant: str, operator: str = "linear") -> bool:
+    """Returns whether a variant is for train.dtype=float8: whether it is one of `linear` and its name begins with float8_, whoever
+    has registered it. Such a variant rounds more than others, so that none is chosen by its time."""
+    return operator == "linear" and variant.startswith("float8_")
 
 
 def variants(operator: str, chip: str | None = None) -> dict[str, EntryPoint]:

@@ -19,6 +19,8 @@ RULES = {
     "sgd": ["betas", "epsilon", "adjust_lr"],
 }
 """The optimizers, each with the keys that it does not use."""
+USING_ADAMW = ("adamw", "muon")
+"""The optimizers that update some parameters, or all of them, by AdamW."""
 ADJUSTMENTS = ("match_rms_adamw", "original")
 _TABLES = ("embedding.weight", "embedding.positions.weight", "head.weight")
 """Matrices for which muon uses AdamW. Their rows stand for tokens, of which each step changes a few: orthogonal updates are for the

@@ -25,8 +25,8 @@ from bagualu.trainer.data.config import DataConfig
 from bagualu.trainer.models.decoder.config import LONGEST_ALIBI, ModelConfig
 from bagualu.trainer.models.decoder.shapes import parameter_shapes
 from bagualu.trainer.operators.config import OperatorsConfig
-from bagualu.trainer.operators.registry import AUTO, FLOAT8_MULTIPLE, GENERATED, is_float8
-from bagualu.trainer.optim.config import OptimConfig
+from bagualu.trainer.operators.registry import AUTO, DEFAULT_VARIANTS, FLOAT8_MULTIPLE, GENERATED, is_float8
+from bagualu.trainer.optim.config import USING_ADAMW, OptimConfig
 from bagualu.trainer.recipe.deepspeed import DeepSpeedTerms
 from bagualu.trainer.recipe.override_text import typed
 
@@ -234,6 +234,9 @@ class Recipe:
         self.optim.validate("float64" if self.train.dtype == "float64" else "float32")
         self.optim.validate_steps(self.train.steps)
         self.operators.validate(self.comm.chip, self.train.dtype)
+        if self.optim.name not in USING_ADAMW and self.operators.update not in (AUTO, DEFAULT_VARIANTS["update"]):
+            raise RecipeError(f"operators.update={self.operators.update} is an update by AdamW, which optim.name={self.optim.name} "
+                              "does not use; leave it out")  # fmt: skip
         self.model.lora.check_targets(parameter_shapes(self.model))
         self.optim.check_patterns(self.trainable_shapes())
         if self.comm.on_cpu and not self.train.deterministic:
@@ -338,11 +341,6 @@ class Recipe:
         """Returns the recipe with weights stored in the same dtype and no product in float8."""
         named = replace(self.operators, linear=AUTO) if is_float8(self.operators.linear) else self.operators
         return replace(self, train=replace(self.train, dtype=self.train.stored_dtype), operators=named)
-
-    @property
-    def generates(self) -> bool:
-        """Whether torch's compiler generates kernels of operators."""
-        return GENERATED in self.variants.as_dict().values()
 
     def planned_faults(self, world: int) -> list[Fault]:
         """Returns the faults that `faults` describes, on `world` ranks. Raises RecipeError."""

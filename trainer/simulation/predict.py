@@ -67,7 +67,7 @@ class Prediction:
     tokens: int
     """Of a step, over all ranks."""
     peak_flops_per_second: float
-    """Of all devices together, for matrix products of train.dtype."""
+    """Of all devices together, for matrix products of the dtype in which weights are stored."""
     model_flops: float
     """Of a step, as models/decoder/flops.py counts them: without recomputation."""
     executed_flops: float

@@ -328,10 +328,18 @@ def test_generated_kernels_that_a_recipe_names_stay_when_it_resumes(tmp_path: Pa
 
 def test_a_compiler_that_fails_leaves_all_ranks_without_generated_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("norm", "rotary", "gate", "loss"):
-        monkeypatch.setattr(load_variant(name, "generated", "cpu"), "fails", lambda: "a compiler that works")
+        monkeypatch.setattr(load_variant(name, "generated", "cpu"), "fails", lambda chip: "a compiler that works")
     found, said = chosen(recipe_in(tmp_path, train__compile=True, data__sequence_length=16))
     assert [found[name] for name in ("norm", "rotary", "gate", "loss")] == [Chosen(AUTO, USUAL)] * 4
     assert said[-1] == "operators.loss=auto: generated needs a compiler that works, which not all ranks have"
+
+
+def test_so_does_one_that_fails_for_a_generated_variant_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks on which it fails would else compute another way than the others, and round another way."""
+    monkeypatch.setattr(load_variant("update", "generated", "cpu"), "fails", lambda chip: "a compiler that works")
+    found, said = chosen(recipe_in(tmp_path, operators__update="generated", data__sequence_length=16))
+    assert found["update"] == Chosen(AUTO, USUAL)
+    assert said[-1] == "operators.update=auto: generated needs a compiler that works, which not all ranks have"
 
 
 def test_one_that_fails_while_it_is_measured_is_not_taken_although_it_is_the_usual_one() -> None:

@@ -16,7 +16,6 @@ from bagualu.parallel.products import Products
 from bagualu.parallel.vocabulary import IGNORED
 from bagualu.trainer.models.activations import run
 from bagualu.trainer.operators.documents import document_mask
-from bagualu.trainer.operators.float8 import ProductsInFloat8
 
 Variant = Callable[..., Any]
 MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
@@ -257,9 +256,9 @@ def check_linear(products: Products, dtype: torch.dtype, device: torch.device) -
         x, columns = x[:, :inputs], columns[:, 8:]
         wide = accurate_dtype(dtype)
         of_outputs = of_gradients = ERRORS[dtype]
-        if isinstance(products, ProductsInFloat8) and products.computes(dtype, rows, inputs, outputs):
-            of_outputs = float8_error(torch.float8_e4m3fn, torch.float8_e4m3fn)
-            of_gradients = float8_error(products.of_gradients, torch.float8_e4m3fn)
+        if products.of_rows and products.of_gradients and products.computes(dtype, rows, inputs, outputs):
+            of_outputs = float8_error(products.of_rows, products.of_rows)
+            of_gradients = float8_error(products.of_gradients, products.of_rows)
         bias, before = draw(outputs, seed=3).to(device, dtype), draw(rows, inputs, seed=4).to(device, dtype)
         total = draw(outputs, inputs, seed=5).to(device, wide)
         exact_x, exact_weight, exact_columns, exact_before = (one.cpu().double() for one in (x, weight, columns, before))

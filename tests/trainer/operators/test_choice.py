@@ -82,6 +82,13 @@ def test_a_chip_without_the_recorded_variant_has_the_default() -> None:
     assert "attention" not in second
 
 
+def test_a_run_in_float8_without_the_recorded_variant_stays_in_float8() -> None:
+    before = ChosenOperators("a chip", {**BEFORE.operators, "linear": Chosen("float8_of_a_package", GIVEN)})
+    settled, (remark,) = kept(before, OperatorsConfig(), "cpu", "a chip", "float8")
+    assert settled["linear"] == Chosen("float8_rowwise", USUAL)
+    assert remark == "operators.linear=float8_rowwise: a chip has no float8_of_a_package, with which the run began"
+
+
 def test_it_is_recorded_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "operators.json"
     assert ChosenOperators.read(path) is None

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bagualu.comm.errors import RecipeError
+from bagualu.trainer.costs.operator_times import measurable
 from bagualu.trainer.operators import registry
 from bagualu.trainer.operators.attention import attention_blocks, attention_kernel
 from bagualu.trainer.operators.config import OperatorsConfig
@@ -20,9 +21,13 @@ attention.flash = pulsar:missing
 gate.wide.cpu = pulsar:wide
 gate.narrow.npu = pulsar:narrow
 norm.eager.npu = pulsar:norm
+linear.float8_everywhere = pulsar:everywhere
+gate.float8_like = pulsar:narrow
 nothing.eager = pulsar:missing
 """
 MODULE = """
+from bagualu.parallel.products import Products
+
 class Wide:
     def takes(self, gate, up):
         return gate.dtype == up.dtype
@@ -36,6 +41,8 @@ def narrow(gate, up):
 
 def norm(*given):
     return "norm"
+
+everywhere = Products()
 """
 
 
@@ -65,8 +72,8 @@ def test_auto_is_the_rule() -> None:
 def test_variants_are_those_of_the_chip() -> None:
     assert list(variants("attention")) == ["blocks", "flash", "kernel", "tiles"]
     assert list(variants("attention", "cuda")) == ["flash", "kernel"]
-    assert list(variants("gate", "cpu")) == ["eager", "generated", "wide"]
-    assert list(variants("gate", "npu")) == ["eager", "generated", "narrow"]
+    assert list(variants("gate", "cpu")) == ["eager", "float8_like", "generated", "wide"]
+    assert list(variants("gate", "npu")) == ["eager", "float8_like", "generated", "narrow"]
     assert variants("norm", "npu")["eager"].value != "pulsar:norm"  # a name of this package
     assert load_variant("gate", "narrow", "npu")(1, 2) == ("narrow", None)
 
@@ -86,6 +93,19 @@ def test_the_default_takes_the_place_of_a_variant_that_does_not_take_the_argumen
     given, factor = gate(narrow, exact)
     assert torch.equal(given, silu_gate(narrow, exact)[0])
     assert factor is exact
+
+
+@pytest.mark.usefixtures("_vendor")
+def test_products_in_float8_for_the_head_too_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"operators.linear=float8_everywhere multiplies the head .* give Products a property"):
+        operator_set(OperatorsConfig(linear="float8_everywhere"), "cpu")
+
+
+@pytest.mark.usefixtures("_vendor")
+def test_only_linear_layers_are_in_float8_by_their_name() -> None:
+    OperatorsConfig(gate="float8_like").validate("cpu", "bfloat16")
+    assert "float8_like" in measurable("gate", "cpu")
+    assert "float8_everywhere" not in measurable("linear", "cpu")
 
 
 def test_a_mask_or_a_gpu_is_the_kernels() -> None:
@@ -117,7 +137,7 @@ def test_a_mask_or_a_gpu_is_the_kernels() -> None:
         (
             OperatorsConfig(gate="narrow"),
             "cpu",
-            "is for npu only, and the ranks compute on cpu; give one of auto, eager, generated, wide",
+            "is for npu only, and the ranks compute on cpu; give one of auto, eager, float8_like, generated, wide",
         ),
     ],
     ids=str,

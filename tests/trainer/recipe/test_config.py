@@ -172,6 +172,8 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"train__dtype": "fp32"}, "give one of float64, float32, bfloat16, float16", {"train__dtype": "float32"}),
     ({"train__recompute": "some"}, "give one of none, full, auto", {"train__recompute": "full"}),
     ({"train__recompute": True}, "train.recompute=true is unknown; give one of none", {"train__recompute": "none"}),
+    ({"optim__name": "lion", "operators__update": "generated"}, "operators.update=generated is an update by AdamW, which "
+     "optim.name=lion does not use; leave it out", {"operators__update": "auto"}),
     ({"train__recompute": "every:0"}, "e.g. train.recompute=every:2", {"train__recompute": "every:2"}),
     ({"train__recompute": "every:two"}, "must be every:N with N of at least 1", {"train__recompute": "every:1"}),
     ({"train__recompute": "bytes:1e9"}, "e.g. train.recompute=bytes:1073741824", {"train__recompute": "bytes:1073741824"}),

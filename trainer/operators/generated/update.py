@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from bagualu.trainer.operators.kernel import fails, kernel
+from bagualu.trainer.operators.kernel import fails, kernel_in_place
 from bagualu.trainer.operators.update import same_memory
 
 _ROW = 64
@@ -64,7 +64,7 @@ def _moved(
     return weight * keeps - size * average / (square.sqrt() * scale + epsilon), average, square
 
 
-@kernel
+@kernel_in_place
 def _update(*given: Any) -> tuple[torch.Tensor, ...]:
     """Takes the arguments of `_moved`."""
     weight, _, average, square = given[-4:]
@@ -72,7 +72,7 @@ def _update(*given: Any) -> tuple[torch.Tensor, ...]:
     return weight.copy_(moved), average.copy_(mean), square.copy_(spread)
 
 
-@kernel
+@kernel_in_place
 def _update_and_round(working: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
     """Takes working weights in another dtype, and the arguments of `_moved`."""
     weight, _, average, square = given[-4:]
