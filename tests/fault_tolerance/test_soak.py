@@ -89,7 +89,7 @@ def soak_as_processes(folder: Path, leftovers: Leftovers, count: int, *more: str
     environment = {**leftovers.environment, "PYTHONPATH": str(ROOT)}
     with Launcher(["rehearse", *words], ENTRYPOINT, cwd=ROOT, env=environment) as launcher:
         try:
-            out, err = launcher.communicate(timeout=240)
+            out, err = launcher.communicate(timeout=600)
         finally:
             launcher.kill()
     assert launcher.returncode == 0, f"{out}\n{err[-4000:]}"
