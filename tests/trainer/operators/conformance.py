@@ -291,7 +291,7 @@ def check_update(variant: Variant, dtype: torch.dtype, device: torch.device) -> 
     """Several updates of flat buffers, in place and nowhere else, with working weights in `dtype`, and what lies beside them."""
     wide = accurate_dtype(dtype)
     for number, (elements, factor, decay, epsilon) in enumerate(
-        ((1000, 1.0, 0.1, 1e-8), (1029, 0.37, 0.0, 1e-2), (64, 2.0, 0.1, 1e-8), (3, 0.37, 0.1, 1e-8))
+        ((1000, 1.0, 0.1, 1e-8), (1029, 0.37, 0.0, 1e-2), (64, 2.0, 0.1, 1e-8), (3, 0.37, 0.1, 1e-8), (2**17 + 5, 0.5, 0.1, 1e-8))
     ):
         buffers = [draw(elements + 2, seed=7 * number).to(device, wide), *torch.zeros(2, elements + 2, dtype=wide, device=device)]
         buffers.append(buffers[0] if wide == dtype else buffers[0].to(dtype))
