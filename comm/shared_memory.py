@@ -79,8 +79,7 @@ def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[t
     Returns None on every rank if any rank cannot map the memory of another. `gather` stacks the int64 vectors that the ranks pass
     to it into a matrix. The operating system allocates a page of the memory when it is first touched.
     """
-    token = int.from_bytes(os.urandom(7), sys.byteorder)
-    descriptor = create(nbytes, token)
+    descriptor = create(nbytes, token := new_token())
     try:
         addresses = gather(torch.tensor([os.getpid(), descriptor, token])).tolist()
         memories = [attach(nbytes, *address) for address in addresses]
@@ -91,6 +90,11 @@ def share(nbytes: int, gather: Callable[[torch.Tensor], torch.Tensor]) -> list[t
         if descriptor >= 0:
             os.close(descriptor)
     return [memory for memory in memories if memory is not None] if mapped_by_all else None
+
+
+def new_token() -> int:
+    """Returns a number that no other memory has."""
+    return int.from_bytes(os.urandom(7), sys.byteorder)
 
 
 def create(nbytes: int, token: int) -> int:

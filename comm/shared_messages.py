@@ -13,7 +13,7 @@ import torch
 
 from bagualu.comm.errors import CommunicationError
 from bagualu.comm.pipes import Pipes
-from bagualu.comm.shared_memory import attach, create
+from bagualu.comm.shared_memory import attach, create, new_token
 
 _START = 64
 """Where contents begin in a buffer, in bytes. Before them lies the buffer's number, by which `attach` knows it."""
@@ -37,7 +37,6 @@ class SharedMessages:
         self._pipes = pipes
         self._sent: Counter[int] = Counter()
         self._asked_for: Counter[int] = Counter()
-        self._made = 0
         self._free: dict[int, list[_Buffer]] = defaultdict(list)
         """By the position that maps them."""
         self._under_way: dict[int, dict[int, _Buffer]] = defaultdict(dict)
@@ -93,13 +92,13 @@ class SharedMessages:
         if large_enough:
             self._free[destination].remove(best := min(large_enough, key=lambda one: one.memory.numel()))
             return best
-        self._made += 1
-        descriptor = create(_START + nbytes, self._made)
-        memory = attach(_START + nbytes, os.getpid(), descriptor, self._made)
+        number = new_token()  # were it counted, another group's buffer might be taken for it once its descriptor is used again
+        descriptor = create(_START + nbytes, number)
+        memory = attach(_START + nbytes, os.getpid(), descriptor, number)
         if memory is None:
             raise CommunicationError(f"cannot share {nbytes} bytes for a message; leave this machine more memory, or raise its "
                                      "limits of open files and of file sizes (ulimit)")  # fmt: skip
-        return _Buffer(self._made, memory, descriptor)
+        return _Buffer(number, memory, descriptor)
 
 
 def _close(buffer: _Buffer) -> None:
